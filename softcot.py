@@ -1,0 +1,1183 @@
+"""softcot: train a language model to think in soft tokens, by reinforcement learning, in one file.
+
+The method is that of "Soft Tokens, Hard Truths" (Butt, Kwiatkowski, Labiad, Kempe, Ollivier; arXiv
+2509.19170). An ordinary chain of thought (CoT) samples one token after another. A *soft* CoT feeds
+the model, at each step, the average of all token embeddings weighted by their probabilities, plus
+Gaussian noise. The noise makes the CoT a random variable with a known density, so REINFORCE applies;
+after training, the model is used with ordinary hard tokens.
+
+    p_{t-1} = softmax(logits_{t-1} / tau)                                     (eq 3)   mixture()
+    hard token   x_t ~ p_{t-1},  feed E[x_t]                                  (eq 4)   next_input()
+    soft token   feed  ht_t = h_t + sigma * N(0, I),   h_t = p_{t-1} E     (eqs 5, 6)   next_input()
+    log pi(ht_t | past) = -||ht_t - h_t||^2 / (2 sigma^2) + const        (eqs 9, 10)   gaussian_logp()
+    A_bg = r_bg - mean of the other G-1 rewards of prompt b                  (eq 12)   rloo_advantages()
+    loss = -1/(BG) sum_bg A_bg (sum_t log pi(ht_t) + sum_a log pi(a))    (eqs 13-15)   policy_gradient()
+
+Dimensions, used in every shape comment:
+    B prompts of a step, G samples of each prompt, N = B*G sequences (row n = b*G + g)
+    P prompt, T CoT, F prefill, A answer: lengths in tokens;  V vocabulary, D embedding width
+A sequence is laid out as  [left pad | prompt P][CoT T | gap][left pad | prefill F][answer A | gap].
+Masks are True on real tokens; positions count them, so pads and gaps leave no trace.
+logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
+
+Interpretations (the paper is silent or ambiguous) and deviations:
+    1. sigma = sigma_scale * root-mean-square over the ENTRIES of the embedding matrix E, taken anew
+       at each rollout: a noise vector is then about sigma_scale times as long as an embedding.
+    2. Answers are sampled at temperature 1 in training, greedy in evaluation.
+    3. The CoT stops as soon as its text (soft: the text of its arg-max tokens, its "shadow") contains
+       the stop phrase without its trailing space: most tokenizers glue that space to what follows.
+    4. An end-of-text token ends a CoT too; it then goes on as one that reached the length limit.
+    5. An answer ends where its box closes (or at end of text): what follows cannot change the reward.
+    6. The gradient norm is clipped to 1, AdamW has no weight decay, and rows whose advantage is 0
+       are left out of the backward pass, which changes no gradient.
+    7. GSM8K answers are compared as numbers.
+
+Sections: 1 settings  2 config  3 tasks, answers, rewards  4 policy  5 soft tokens  6 rollout
+          7 log-probabilities, advantages, loss  8 evaluation  9 files and figures  10 training  11 main
+
+    python softcot.py                                       # toy model, soft tokens, 3 minutes on a CPU
+    python softcot.py --model Qwen/Qwen2.5-0.5B --task gsm8k
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Literal, Optional
+
+import numpy as np
+import torch
+import transformers
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import toy_tasks
+
+
+MAX_GRAD_NORM = 1.0
+BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
+CHECKPOINTS = 20  # validations and saved states in a run
+FREE_TO_CHANGE = ("eval_settings", "eval_k", "eval_limit", "micro_batch", "threads", "device")
+
+
+class UserError(Exception):
+    """A mistake of the caller's that one line can explain; main() prints that line, not a traceback."""
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Settings: three ways to think, six ways to run a model
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the CoT's next input is made from the logits."""
+
+    cot: str  # hard: one token's embedding; soft, fuzzy: a mixture of embeddings
+    tau: float  # temperature of p = softmax(logits / tau); 0 means arg-max
+    noise: float  # sigma in units of the root-mean-square of E; 0 means none
+
+    @property
+    def hard(self) -> bool:
+        """Whether the CoT is made of ordinary tokens."""
+        return self.cot == "hard"
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether two runs on one prompt must give the same CoT."""
+        return self.tau == 0 if self.hard else self.noise == 0
+
+
+SETTINGS = {  # training samples with "<cot>_sample" and validates with "<cot>_greedy"
+    "hard_greedy": Setting("hard", 0.0, 0.0),
+    "hard_sample": Setting("hard", 1.0, 0.0),
+    "soft_greedy": Setting("soft", 0.5, 0.0),
+    "soft_sample": Setting("soft", 0.5, 0.33),
+    "fuzzy_greedy": Setting("fuzzy", 0.0001, 0.0),
+    "fuzzy_sample": Setting("fuzzy", 0.0001, 0.33),
+}
+
+
+def settings_of(config: "Config") -> dict[str, Setting]:
+    """The table above, with --tau and --sigma-scale in the rows of the mode that --cot names."""
+    table = dict(SETTINGS)
+    table[f"{config.cot}_sample"] = Setting(config.cot, config.tau, config.sigma_scale or 0.0)
+    if config.cot != "hard":
+        table[f"{config.cot}_greedy"] = Setting(config.cot, config.tau, 0.0)
+    return table
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Config: one flag a field
+# ------------------------------------------------------------------------------------------------
+
+
+def option(default, text: str):
+    """A Config field with the help text that --help prints."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise UserError(message) unless ok."""
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on; a field that is None takes the default of its task or mode."""
+
+    model: Optional[str] = option(None, "hub id or folder of a causal language model (default: toy)")
+    task: str = option("toy", "toy | gsm8k")
+    cot: Literal["soft", "fuzzy", "hard"] = option("soft", "what the CoT is made of in training")
+    steps: Optional[int] = option(None, "gradient steps, one rollout each")
+    prompts: Optional[int] = option(None, "B: prompts a step")
+    samples: Optional[int] = option(None, "G: samples of each prompt")
+    max_cot: Optional[int] = option(None, "longest CoT in tokens, in training")
+    max_answer: Optional[int] = option(None, "longest answer in tokens")
+    lr: Optional[float] = option(None, "peak learning rate of AdamW")
+    warmup: int = option(20, "steps of linear warm-up before the cosine decay")
+    tau: Optional[float] = option(None, "temperature of the CoT's token distribution")
+    sigma_scale: Optional[float] = option(None, "noise on soft inputs, in units of the RMS of E")
+    seed: int = option(0, "seed of data order, noise and sampling")
+    out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-COT-sSEED)")
+    data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
+    resume: bool = option(False, "continue the run in --out-dir from its last saved state")
+    eval_only: bool = option(False, "evaluate --model, train nothing")
+    eval_settings: list[str] = dataclasses.field(
+        default_factory=lambda: list(SETTINGS),
+        metadata={"help": f"settings to evaluate: {' '.join(SETTINGS)}"},
+    )
+    eval_k: Optional[int] = option(None, "k: samples a problem in evaluation, for pass@k")
+    eval_limit: Optional[int] = option(None, "test problems to evaluate; 0 skips all evaluation")
+    micro_batch: Optional[int] = option(None, "sequences in one backward pass (memory, not result)")
+    dtype: Optional[Literal["fp32", "bf16-mixed", "bf16"]] = option(
+        None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic"
+    )
+    device: Optional[str] = option(None, "cpu, cuda, ... (default: cuda where there is one)")
+    threads: Optional[int] = option(None, "CPU threads (default: PyTorch's)")
+
+    def __post_init__(self):
+        at_least = {"steps": 1, "prompts": 1, "max_cot": 1, "max_answer": 1, "warmup": 0, "seed": 0}
+        at_least |= {"eval_k": 1, "eval_limit": 0, "micro_batch": 1, "threads": 1}
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            ok = value is None or value >= low
+            require(ok, f"{flag(name)} {value} is too small: give {low} or more")
+        for name in ("lr", "tau", "sigma_scale"):
+            value = getattr(self, name)
+            ok = value is None or (value > 0 and math.isfinite(value))
+            require(ok, f"{flag(name)} {value} is not usable: give a positive number")
+        few = self.samples is not None and self.samples < 2
+        require(not few, f"--samples {self.samples} is too small: leave-one-out needs at least 2")
+        require(self.task in TASKS, f"--task {self.task} is unknown: choose from {', '.join(TASKS)}")
+        require(
+            self.cot != "hard" or self.sigma_scale is None,
+            f"--sigma-scale {self.sigma_scale} has no use with --cot hard: leave it out",
+        )
+        require(
+            self.task == "toy" or self.model is not None,
+            f"--task {self.task} needs a pretrained model: add --model, a hub id or a folder",
+        )
+        for name in self.eval_settings:
+            require(
+                name in SETTINGS,
+                f"--eval-settings {name} is unknown: choose from {', '.join(SETTINGS)}",
+            )
+        require(
+            not (self.eval_only and self.resume),
+            "--resume continues training, --eval-only trains nothing: leave one out",
+        )
+        sampled = [name for name in self.eval_settings if not SETTINGS[name].deterministic]
+        require(
+            sampled or (self.eval_k or 1) == 1,
+            f"--eval-k {self.eval_k} is of no use to {' '.join(self.eval_settings)}, which repeat"
+            " themselves: leave it out, or add a sampled setting",
+        )
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a Config field."""
+    return "--" + name.replace("_", "-")
+
+
+def filled(config: Config) -> tuple[Config, str]:
+    """Config without None, and a line that says which flags were filled in and with what.
+
+    The task gives lengths, steps, batch and learning rate, --cot gives tau and sigma_scale, the
+    machine gives dtype and device.
+    """
+    task = TASKS[config.task]
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    mode = SETTINGS[f"{config.cot}_sample"]
+    defaults = {
+        **task.defaults,
+        "lr": task.learning_rate(config),
+        "tau": mode.tau,
+        "sigma_scale": mode.noise or None,
+        "out_dir": f"runs/{config.task}-{config.cot}-s{config.seed}",
+        "device": device,
+        "dtype": "fp32" if device == "cpu" else "bf16-mixed",
+        "threads": torch.get_num_threads(),
+    }
+    new = {k: v for k, v in defaults.items() if getattr(config, k) is None and v is not None}
+    text = " ".join(f"{flag(k)} {v}" for k, v in new.items())
+    return dataclasses.replace(config, **new), f"filled in: {text}"
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Tasks, answers, rewards
+# ------------------------------------------------------------------------------------------------
+
+STOP = "The final answer is: "  # ends the CoT
+BOX = "\\boxed{"  # opens the answer
+
+PROMPT = (  # zero-shot, the same for every model; QUESTION is replaced
+    "A conversation between a user and an assistant. The user asks a question, and the assistant"
+    " thinks it through step by step and then gives the answer. The assistant always ends with:"
+    f" {STOP}{BOX}[answer]}}.\nUser: QUESTION\nAssistant:"
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question as the model sees it, and the answer that is right."""
+
+    id: int
+    prompt: str
+    gold: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where questions come from, what the gold answer is, how answers compare, and the defaults."""
+
+    hub: tuple[str, ...]  # dataset id and configuration on the Hugging Face hub
+    question: Callable[[dict], str]
+    gold: Callable[[dict], str]
+    equal: Callable[[str, str], bool]
+    prompt: str
+    validation: int  # problems held out of the training split, to choose the checkpoint
+    defaults: dict  # of Config's fields
+
+    def learning_rate(self, config: Config) -> float:
+        """The paper's rate for the paper's models, else that of the task."""
+        for name, lr in PAPER_LR.items():
+            if config.task != "toy" and name in config.model.lower():
+                return lr
+        return self.defaults["lr"]
+
+
+PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
+PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32, "micro_batch": 8}
+PAPER_STEP |= {"lr": 6e-6, "eval_k": 32}
+
+
+def parse_number(text: str) -> Optional[float]:
+    """The number that an answer states, or None: `$1,200.00` -> 1200.0, `18 apples` -> 18.0."""
+    text = text.replace(",", "").replace("\\$", "").replace("$", "").replace("\\%", "")
+    found = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)", text)
+    return float(found[0]) if len(found) == 1 else None
+
+
+def same_number(answer: str, gold: str) -> bool:
+    """Whether two answers state the same number."""
+    a, b = parse_number(answer), parse_number(gold)
+    return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def boxed(text: str) -> Optional[str]:
+    """What stands in a box whose `\\boxed{` has just been opened, or None while it is still open."""
+    depth = 1
+    for i, char in enumerate(text):
+        escaped = i > 0 and text[i - 1] == "\\"
+        depth += 0 if escaped else (char == "{") - (char == "}")
+        if depth == 0:
+            return text[:i]
+    return None
+
+
+def reward(answer: str, gold: str, equal: Callable[[str, str], bool]) -> float:
+    """100 for the right answer, 10 for a wrong one in a closed box, else 0.
+
+    answer is the text after the opening of the box.
+    """
+    inside = boxed(answer)
+    return 0.0 if inside is None else 100.0 if equal(inside, gold) else 10.0
+
+
+def gsm8k_gold(row: dict) -> str:
+    """The gold answer of a GSM8K row: what follows `####`."""
+    return row["answer"].split("####")[-1].strip()
+
+
+TASKS = {
+    "toy": Task(
+        hub=(),
+        question=lambda row: row["question"],
+        gold=lambda row: row["answer"],
+        equal=same_number,
+        prompt="QUESTION",
+        validation=128,
+        defaults=dict(steps=100, prompts=32, samples=32, max_cot=9, max_answer=3, lr=5e-5)
+        | dict(eval_k=32, eval_limit=128, micro_batch=1024),
+    ),
+    "gsm8k": Task(
+        hub=("openai/gsm8k", "main"),
+        question=lambda row: row["question"],
+        gold=gsm8k_gold,
+        equal=same_number,
+        prompt=PROMPT,
+        validation=128,
+        defaults=PAPER_STEP | dict(max_cot=128, eval_limit=1319),
+    ),
+}
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a .jsonl file; UserError names the line that is not one."""
+    require(path.is_file(), f"--data-dir: there is no file {path}")
+    rows = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON: {error}") from None
+            require(isinstance(rows[-1], dict), f"{path} line {number} is not a JSON object")
+    return rows
+
+
+def read_rows(config: Config, split: str) -> list[dict]:
+    """The rows of a task's split: built in (toy), from --data-dir, or from the hub."""
+    if config.task == "toy":
+        return toy_tasks.rows(split)
+    if config.data_dir:
+        return read_jsonl(Path(config.data_dir) / config.task / f"{split}.jsonl")
+    import datasets  # only here: the toy and local files do without it
+
+    hub = TASKS[config.task].hub
+    try:
+        return list(datasets.load_dataset(*hub, split=split))
+    except Exception as error:  # no network, wrong cache, no such set: the same advice helps
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--task {config.task}: could not load {'/'.join(hub)} ({reason}); with --data-dir DIR"
+            f" it is read from DIR/{config.task}/{split}.jsonl"
+        ) from None
+
+
+def load_problems(config: Config, split: str) -> list[Problem]:
+    """The problems of "train", "validation" (held out of train, always the same) or "test"."""
+    task = TASKS[config.task]
+    rows = read_rows(config, "test" if split == "test" else "train")
+    problems = []
+    for i, row in enumerate(rows):
+        try:
+            question, gold = task.question(row), task.gold(row)
+        except KeyError as error:
+            raise UserError(f"{config.task} {split}: row {i + 1} has no field {error}") from None
+        problems.append(Problem(i, task.prompt.replace("QUESTION", question), gold))
+    if split != "test":
+        order = np.random.default_rng(0).permutation(len(problems))
+        held_out = min(task.validation, len(problems) // 10)
+        chosen = order[:held_out] if split == "validation" else order[held_out:]
+        problems = [problems[i] for i in chosen]
+    require(problems, f"{config.task}: the {split} split is empty")
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Policy: a causal language model and its tokenizer
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Policy:
+    """A decoder-only model of `transformers`, its tokenizer, and how it computes."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    mixed: bool = False  # bf16 arithmetic on fp32 weights
+    pieces: dict[int, str] = dataclasses.field(default_factory=dict)  # cache of piece()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def arithmetic(self):
+        """The context in which rollout and loss both run the model."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
+
+    def embeddings(self) -> Tensor:
+        """E [V, D], with gradient: the embeddings as the model computes them from token ids.
+
+        Usually the weight itself; a subclass of nn.Embedding may scale it (Gemma), so call that.
+        """
+        embed = self.model.get_input_embeddings()
+        if type(embed) is nn.Embedding:
+            return embed.weight
+        return embed(torch.arange(embed.num_embeddings, device=self.device))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of token ids [...]."""
+        return self.model.get_input_embeddings()(ids)
+
+    def tokenize(self, texts: list[str], special: bool = True) -> tuple[Tensor, Tensor]:
+        """Left-padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
+        batch = self.tokenizer(
+            texts, padding=True, return_tensors="pt", add_special_tokens=special
+        ).to(self.device)
+        return batch.input_ids, batch.attention_mask.bool()
+
+    def piece(self, token: int) -> str:
+        """The text that a token adds to what stands before it.
+
+        Decoding it alone could lose a leading space, so decode it twice and drop the first half.
+        """
+        if token not in self.pieces:
+            once, twice = self.decode([token]), self.decode([token, token])
+            self.pieces[token] = twice[len(once) :]
+        return self.pieces[token]
+
+    def decode(self, ids) -> str:
+        """Text of token ids, without special tokens."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def load_policy(config: Config, source: str) -> Policy:
+    """The policy in a folder or on the hub; UserError says what is missing."""
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model {source}: could not be loaded ({reason}); give a hub id, or a folder with"
+            " config.json, weights and tokenizer"
+        ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Soft tokens: mixture, noise, densities
+# ------------------------------------------------------------------------------------------------
+
+
+def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
+    """h = p E with p = softmax(logits / tau): the mean embedding under p   (eqs 3, 5).
+
+    logits [..., V], E [V', D] with V' >= V (padded vocabularies) -> [..., D]; differentiable in both.
+    """
+    p = torch.softmax(logits.float() / tau, dim=-1)
+    return p.to(E.dtype) @ E[: p.shape[-1]]
+
+
+def gaussian_logp(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """log N(x; mean, sigma^2 I) less its constant: -||x - mean||^2 / (2 sigma^2)   (eq 10).
+
+    x, mean [..., D], the sample x held constant -> [...] in nats.
+    """
+    return -(x.detach().float() - mean.float()).square().sum(-1) / (2 * sigma**2)
+
+
+def categorical_logp(tokens: Tensor, logits: Tensor, tau: float) -> Tensor:
+    """log softmax(logits / tau)[token]: tokens [...], logits [..., V] -> [...] in nats."""
+    logp = torch.log_softmax(logits.float() / tau, dim=-1)
+    return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits), at temperature 1 in every mode: [..., V] -> [...] in nats."""
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
+    """x ~ softmax(logits / tau) by inverting its distribution function at u   (eq 4).
+
+    logits [N, V], u [N] uniform in [0, 1) -> ids [N]; tau = 0 takes the arg-max. One number a row
+    (rather than V, as torch.multinomial draws) lets each row own its random stream.
+    """
+    if tau == 0:
+        return logits.argmax(-1)
+    cdf = torch.softmax(logits.float() / tau, dim=-1).cumsum(-1)
+    u = u.unsqueeze(-1) * cdf[:, -1:] * (1 - 1e-6)  # rounding must not reach past the last token
+    return torch.searchsorted(cdf, u, right=True).squeeze(-1)
+
+
+def next_input(
+    logits: Tensor, setting: Setting, E: Tensor, sigma: float, eps: Optional[Tensor], u: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next CoT input, its token, its log-probability: all that differs between the modes.
+
+    hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6), and the token
+    is the greedy shadow, arg-max p.  logits [N, V], eps [N, D], u [N] -> x [N, D], token [N],
+    logp [N], which is 0 for a deterministic setting: it has no density.
+    """
+    none = torch.zeros(len(logits), device=logits.device)
+    if setting.hard:
+        token = sample_token(logits, setting.tau, u)
+        logp = categorical_logp(token, logits, setting.tau) if setting.tau else none
+        return E[token], token, logp
+    mean = mixture(logits, setting.tau, E)
+    x = mean + sigma * eps.to(mean.dtype) if sigma else mean
+    return x, logits.argmax(-1), gaussian_logp(x, mean, sigma) if sigma else none
+
+
+def rms(E: Tensor) -> float:
+    """Root-mean-square over the entries of E."""
+    return E.detach().float().square().mean().sqrt().item()
+
+
+def row_seed(*labels: int) -> int:
+    """A seed that depends on every label (run seed, purpose, step, problem, sample) and on no state."""
+    return int(np.random.SeedSequence(labels).generate_state(1)[0])
+
+
+def draw(seeds: list[int], T: int, A: int, D: int, device) -> tuple[Tensor, Optional[Tensor]]:
+    """Every random number of a rollout: u [N, T+A] uniform, eps [N, T, D] normal (None if D is 0).
+
+    Row n depends on seeds[n] alone: neither its neighbours nor the batch size can change it.
+    """
+    uniform, normal = [], []
+    for seed in seeds:
+        generator = torch.Generator(device).manual_seed(seed)
+        uniform.append(torch.rand(T + A, generator=generator, device=device))
+        normal.append(torch.randn(T, D, generator=generator, device=device))
+    return torch.stack(uniform), torch.stack(normal) if D else None
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Rollout: think, then answer
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """N sampled sequences and what the loss and the reports need of them; holds no gradient."""
+
+    setting: Setting
+    sigma: float  # absolute, in the units of E
+    prompt_ids: Tensor  # [N, P], left-padded
+    prompt_mask: Tensor  # [N, P]
+    cot_ids: Tensor  # [N, T] hard: the tokens; soft, fuzzy: the greedy shadow
+    cot_inputs: Optional[Tensor]  # [N, T, D] the noisy inputs ht_t as fed; None when hard
+    cot_mask: Tensor  # [N, T]
+    cot_logp: Tensor  # [N, T] log pi as the sampler saw it; 0 for deterministic settings
+    cot_entropy: Tensor  # [N, T] of the next-token distribution before each CoT position
+    prefill_ids: Tensor  # [N, F], left-padded
+    prefill_mask: Tensor  # [N, F]
+    answer_ids: Tensor  # [N, A]
+    answer_mask: Tensor  # [N, A]
+    answer_logp: Tensor  # [N, A]
+    stopped: list[bool]  # whether the CoT ended with the stop phrase
+    cots: list[str]  # text of the CoT (of the shadow)
+    answers: list[str]  # text after the opening of the box
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """The rows that index [M] selects, as a view for one micro-batch."""
+        picked = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                picked[field.name] = value[index]
+            elif isinstance(value, list):
+                picked[field.name] = [value[i] for i in index.tolist()]
+        return dataclasses.replace(self, **picked)
+
+
+class Decoder:
+    """Runs the model over the columns of a batch as they come, keeping keys and values."""
+
+    def __init__(self, policy: Policy):
+        """Start with an empty cache."""
+        self.policy = policy
+        self.cache = transformers.DynamicCache(config=policy.model.config)
+        self.mask = None  # [N, columns so far]
+
+    def feed(self, mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; logits [N, V] after the last.
+
+        mask [N, C] is True on real tokens; only those are attended to and counted as positions.
+        """
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        out = self.policy.model(
+            **inputs,
+            attention_mask=self.mask.long(),
+            position_ids=positions(self.mask)[:, -mask.shape[1] :],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    def repeat(self, G: int) -> None:
+        """Turn each of the B rows into G equal rows, so that a prompt is read once, not G times."""
+        self.cache.batch_repeat_interleave(G)
+        self.mask = self.mask.repeat_interleave(G, dim=0)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of each token among the real ones of its row: mask [N, L] -> [N, L], 0 for a left pad."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    prompts: list[str],
+    seeds: list[int],
+    setting: Setting,
+    max_cot: int,
+    max_answer: int,
+    answer_tau: float,
+) -> Rollout:
+    """Let the policy think about each prompt and answer it; no gradient is recorded.
+
+    prompts: B texts; seeds: N = B*G numbers, the G of one prompt together. answer_tau: temperature of
+    the answer (1 in training, 0 in evaluation). Returns N rows, cut to the longest CoT and answer.
+    """
+    G = len(seeds) // len(prompts)
+    ids, mask = policy.tokenize(prompts)  # [B, P]
+    E = policy.embeddings()  # [V, D]
+    sigma = setting.noise * rms(E)
+    u, eps = draw(seeds, max_cot, max_answer, E.shape[1] if sigma else 0, policy.device)
+    with policy.arithmetic():
+        decoder = Decoder(policy)
+        logits = decoder.feed(mask, input_ids=ids).repeat_interleave(G, dim=0)  # [N, V]
+        decoder.repeat(G)
+        cot = think(decoder, logits, setting, E, sigma, eps, u[:, :max_cot])
+        answer = give_answer(decoder, cot, answer_tau, u[:, max_cot:])
+    return Rollout(
+        setting,
+        sigma,
+        ids.repeat_interleave(G, dim=0),
+        mask.repeat_interleave(G, dim=0),
+        **cot,
+        **answer,
+    )
+
+
+def think(decoder, logits, setting, E, sigma, eps, u) -> dict:
+    """The CoT phase: up to T = u.shape[1] inputs a row, until its text holds the stop phrase.
+
+    logits [N, V] after the prompt, eps [N, T, D], u [N, T]. Returns the cot fields of a Rollout.
+    Finished rows idle: their further columns are masked out.
+    """
+    policy = decoder.policy
+    N, T = u.shape
+    alive = torch.ones(N, dtype=torch.bool, device=u.device)
+    texts, stopped = [""] * N, [False] * N
+    columns = []
+    for t in range(T):
+        noise = None if eps is None else eps[:, t]
+        x, token, logp = next_input(logits, setting, E, sigma, noise, u[:, t])
+        columns.append((token, x, alive, logp, entropy(logits)))
+        logits = decoder.feed(alive[:, None], inputs_embeds=x[:, None])
+        ended = token == policy.tokenizer.eos_token_id
+        for n in alive.nonzero().flatten().tolist():
+            piece = policy.piece(token[n].item())
+            texts[n] += piece
+            stopped[n] = STOP.strip() in texts[n][-len(STOP) - len(piece) :]
+        alive = alive & ~ended & ~torch.tensor(stopped, device=u.device)
+        if not alive.any():
+            break
+    ids, inputs, mask, logp, H = (torch.stack(c, dim=1) for c in zip(*columns))
+    cot = dict(cot_ids=ids, cot_inputs=None if setting.hard else inputs, cot_mask=mask)
+    cot |= dict(cot_logp=logp * mask, cot_entropy=H * mask, cots=texts, stopped=stopped)
+    return cot
+
+
+def give_answer(decoder, cot, tau, u) -> dict:
+    """The answer phase: open the box, then up to A = u.shape[1] hard tokens, until it is closed.
+
+    cot: what think() returned; u [N, A]. Returns the prefill and answer fields of a Rollout.
+    """
+    policy = decoder.policy
+    N, A = u.shape
+    openings = []
+    for text, stopped in zip(cot["cots"], cot["stopped"]):
+        space = "" if text[-1:].isspace() else " "
+        openings.append(space + BOX if stopped else STOP + BOX)
+    prefill_ids, prefill_mask = policy.tokenize(openings, special=False)  # [N, F]
+    logits = decoder.feed(prefill_mask, input_ids=prefill_ids)
+    alive = torch.ones(N, dtype=torch.bool, device=u.device)
+    texts, columns = [""] * N, []
+    for a in range(A):
+        token = sample_token(logits, tau, u[:, a])
+        logp = categorical_logp(token, logits, tau) if tau else torch.zeros(N, device=u.device)
+        columns.append((token, alive, logp))
+        ended = token == policy.tokenizer.eos_token_id
+        for n in alive.nonzero().flatten().tolist():
+            texts[n] += policy.piece(token[n].item())
+            ended[n] |= boxed(texts[n]) is not None
+        alive = alive & ~ended
+        if a == A - 1 or not alive.any():
+            break
+        logits = decoder.feed(alive[:, None], input_ids=token[:, None])
+    ids, mask, logp = (torch.stack(c, dim=1) for c in zip(*columns))
+    answer = dict(answer_ids=ids, answer_mask=mask, answer_logp=logp * mask, answers=texts)
+    return answer | dict(prefill_ids=prefill_ids, prefill_mask=prefill_mask)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Log-probabilities, advantages, loss
+# ------------------------------------------------------------------------------------------------
+
+
+def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
+    """log pi of every CoT position [N, T] and answer token [N, A] of a rollout, with gradient.
+
+    One pass over the stored inputs; the noisy ht_t are constants, the means h_t are recomputed from
+    them (eqs 9, 10). Positions outside the masks are 0; prompt, prefill and pads have no entry.
+    """
+    E = policy.embeddings()
+    thoughts = policy.embed(r.cot_ids) if r.cot_inputs is None else r.cot_inputs  # [N, T, D]
+    inputs = torch.cat(
+        [policy.embed(r.prompt_ids), thoughts, policy.embed(r.prefill_ids), policy.embed(r.answer_ids)],
+        dim=1,
+    )  # [N, L, D] with L = P + T + F + A
+    mask = torch.cat([r.prompt_mask, r.cot_mask, r.prefill_mask, r.answer_mask], dim=1)  # [N, L]
+    P, T, F = r.prompt_ids.shape[1], r.cot_ids.shape[1], r.prefill_ids.shape[1]
+    A = r.answer_ids.shape[1]
+    # Column i predicts column i+1: the CoT is predicted from column P-1 on, the answer from P+T+F-1.
+    columns = torch.cat([torch.arange(T) + P - 1, torch.arange(A) + P + T + F - 1])
+    with policy.arithmetic():
+        logits = policy.model(
+            inputs_embeds=inputs,
+            attention_mask=mask.long(),
+            position_ids=positions(mask),
+            use_cache=False,
+            logits_to_keep=columns.to(policy.device),
+        ).logits  # [N, T+A, V]
+        if r.setting.hard:
+            cot = categorical_logp(r.cot_ids, logits[:, :T], r.setting.tau)
+        else:
+            cot = gaussian_logp(r.cot_inputs, mixture(logits[:, :T], r.setting.tau, E), r.sigma)
+        answer = categorical_logp(r.answer_ids, logits[:, T:], tau=1.0)
+    return cot * r.cot_mask, answer * r.answer_mask
+
+
+def rloo_advantages(rewards: Tensor) -> Tensor:
+    """A_bg = r_bg - mean of the other G-1 rewards of prompt b   (eq 12): [B, G] -> [B, G]."""
+    G = rewards.shape[1]
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * G / (G - 1)
+
+
+def policy_gradient(
+    policy: Policy, r: Rollout, advantages: Tensor, micro_batch: int
+) -> dict[str, float]:
+    """Add the gradient of -(1/N) sum_n A_n l_n to the parameters   (eqs 13-15); return statistics.
+
+    advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of the
+    whole rollout, so the gradient does not depend on micro_batch. Rows with A_n = 0 add nothing and
+    are skipped. loss: the sum over all rows; logp_gap: the largest difference between a log-probability
+    here and in the rollout (0 but for rounding).
+    """
+    N, loss, gap = len(advantages), 0.0, 0.0
+    used = advantages.nonzero().flatten()
+    for index in used.split(micro_batch) if len(used) else ():
+        part = r.rows(index)
+        cot, answer = log_probs(policy, part)  # [M, T], [M, A]
+        part_loss = -(advantages[index] * (cot.sum(1) + answer.sum(1))).sum() / N
+        part_loss.backward()
+        loss += part_loss.item()
+        for new, old in ((cot, part.cot_logp), (answer, part.answer_logp)):
+            gap = max(gap, (new.detach() - old).abs().max().item())
+    return {"loss": loss, "logp_gap": gap}
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c,k)/C(n,k).
+
+    ValueError if k > n: nothing unbiased can be said then.
+    """
+    if not 1 <= k <= n or not 0 <= correct <= n:
+        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= correct <= n: {k=}, {n=}, {correct=}")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def rewards_of(r: Rollout, problems: list[Problem], equal: Callable) -> np.ndarray:
+    """Rewards [B, G] of the rows of a rollout on B problems."""
+    G = len(r.answers) // len(problems)
+    golds = [problem.gold for problem in problems for _ in range(G)]
+    values = [reward(answer, gold, equal) for answer, gold in zip(r.answers, golds)]
+    return np.array(values).reshape(len(problems), G)
+
+
+def evaluate(
+    policy: Policy, problems: list[Problem], setting: Setting, config: Config, n: int, label: str = ""
+) -> dict:
+    """pass@1, 2, 4, ... n of a setting with n samples a problem and greedy answers; no gradient.
+
+    A deterministic setting is run once a problem. Problems go in order of length, so that a batch
+    has little padding; each sample's noise depends on (seed, problem, sample) alone.
+    """
+    n = 1 if setting.deterministic else n
+    rows = config.prompts * config.samples  # as many at once as a training rollout
+    ordered = sorted(problems, key=lambda problem: len(problem.prompt))
+    size = max(1, rows // n)
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    counts, lengths, stops, entropies = [], [], [], []
+    for batch in tqdm(batches, desc=label, leave=False, disable=not label):
+        seeds = [row_seed(config.seed, 1, problem.id, g) for problem in batch for g in range(n)]
+        prompts = [problem.prompt for problem in batch]
+        r = rollout(policy, prompts, seeds, setting, config.max_cot, config.max_answer, 0.0)
+        rewards = rewards_of(r, batch, TASKS[config.task].equal)
+        counts += (rewards == 100).sum(axis=1).tolist()
+        lengths += r.cot_mask.sum(1).tolist()
+        stops += r.stopped
+        entropies += r.cot_entropy[r.cot_mask].tolist()
+    ks = sorted({2**i for i in range(n.bit_length())} | {n})
+    return {
+        "n": n,
+        "problems": len(problems),
+        "k": {str(k): float(np.mean([pass_at_k(n, c, k) for c in counts])) for k in ks},
+        "cot_entropy": float(np.mean(entropies)),
+        "cot_len": float(np.mean(lengths)),
+        "stop_rate": float(np.mean(stops)),
+    }
+
+
+def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> list[dict]:
+    """Evaluate every setting of --eval-settings on the test split, print a table, append to path."""
+    table = settings_of(config)
+    problems = load_problems(config, "test")[: config.eval_limit]
+    print(f"\n{stage}: {len(problems)} test problems, {config.eval_k} samples of each")
+    print(f"{'setting':14} {'pass@1':>7} {'pass@n':>7} {'n':>4} {'CoT len':>8} {'stop':>5} {'entropy':>8}")
+    records = read_json(path) if path.exists() else []
+    for name in config.eval_settings:
+        scores = evaluate(policy, problems, table[name], config, config.eval_k, name)
+        records.append({"stage": stage, "task": config.task, "setting": name, **scores})
+        write_json(path, records)
+        n, ks = scores["n"], scores["k"]
+        print(
+            f"{name:14} {ks['1']:7.3f} {ks[str(n)]:7.3f} {n:4d} {scores['cot_len']:8.1f}"
+            f" {scores['stop_rate']:5.2f} {scores['cot_entropy']:8.3f}"
+        )
+    return records
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Files and figures
+# ------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content) -> None:
+    """Write JSON under another name, then rename: a reader never sees half a file."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def append_jsonl(path: Path, row: dict) -> None:
+    """Add one object as one line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def save_model(policy: Policy, folder: Path) -> None:
+    """Save weights and tokenizer so that from_pretrained(folder) opens them like any other model."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def save_state(path: Path, policy: Policy, optimizer, schedule, step: int, best: float) -> None:
+    """Save all that --resume needs; data order and noise follow from (seed, step) alone."""
+    state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"schedule": schedule.state_dict(), "step": step, "best": best}
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, float]:
+    """Put a saved state back; return the step it was saved after and the best score till then."""
+    require(path.is_file(), f"--resume: there is no saved state {path}; start without --resume")
+    state = torch.load(path, map_location=policy.device, weights_only=True)
+    policy.model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["step"], state["best"]
+
+
+COLORS = {"base": "#7f7f7f", "hard": "#0072b2", "soft": "#d55e00", "fuzzy": "#009e73"}
+
+
+def plot_curves(out: Path, cot: str) -> None:
+    """curves.png from metrics.jsonl: what to look at first when a run does not learn."""
+    rows = read_jsonl(out / "metrics.jsonl")
+    panels = {
+        "success": "success rate",
+        "cot_len": "CoT length (tokens)",
+        "cot_entropy": "CoT entropy (nats)",
+        "mixed_groups": "share of groups with mixed rewards",
+    }
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(2, 2).flat, panels.items()):
+        steps, values = [row["step"] for row in rows], np.array([row[key] for row in rows])
+        width = max(1, len(values) // 20)
+        sums = np.cumsum(np.insert(values, 0, 0.0))
+        smooth = (sums[width:] - sums[:-width]) / width  # mean of the last `width` steps
+        axes.plot(steps, values, color=COLORS[cot], alpha=0.25)
+        axes.plot(steps[width - 1 :], smooth, color=COLORS[cot])
+        axes.set(xlabel="step", ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{cot} training; thick line: mean of {width} steps")
+    figure.savefig(out / "curves.png", dpi=110)
+
+
+def plot_pass_at_k(out: Path, cot: str) -> None:
+    """pass_at_k.png from eval.json: pass@k of the sampled settings, before and after training."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    latest = {(row["setting"], row["stage"]): row["k"] for row in read_json(out / "eval.json")}
+    names = [name for name in SETTINGS if any(name == key[0] for key in latest)]
+    sampled = [name for name in names if not SETTINGS[name].deterministic]
+    if not sampled:
+        return
+    for axes, name in zip(figure.subplots(1, len(sampled), sharey=True, squeeze=False)[0], sampled):
+        for stage, color, style in (("base", COLORS["base"], "--"), ("trained", COLORS[cot], "-")):
+            if (name, stage) not in latest:
+                continue
+            ks = {int(k): v for k, v in latest[name, stage].items()}
+            axes.plot(ks.keys(), ks.values(), style, color=color, marker="o", markersize=4)
+            axes.annotate(stage, (max(ks), ks[max(ks)]), ha="right", va="bottom", color=color)
+        axes.set_xscale("log", base=2)
+        axes.set(title=name, xlabel="k", ylim=(0, 1.05))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("pass@k on test problems")
+    figure.savefig(out / "pass_at_k.png", dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Training
+# ------------------------------------------------------------------------------------------------
+
+
+def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> list[Problem]:
+    """The B problems of a step: a fresh shuffle each epoch, as a function of (seed, step) alone."""
+    chosen = []
+    for i in range(step * B, step * B + B):
+        epoch, place = divmod(i, len(problems))
+        order = np.random.default_rng([seed, epoch]).permutation(len(problems))
+        chosen.append(problems[order[place]])
+    return chosen
+
+
+def train_step(
+    policy: Policy, problems: list[Problem], step: int, config: Config, optimizer, schedule
+) -> tuple[dict, Rollout, np.ndarray]:
+    """One step of the algorithm: rollout, rewards, advantages, gradient, update.
+
+    Returns the step's metrics, its rollout [N rows] and its rewards [B, G].
+    """
+    start = time.perf_counter()
+    setting = settings_of(config)[f"{config.cot}_sample"]
+    seeds = [
+        row_seed(config.seed, 0, step, problem.id, g)
+        for problem in problems
+        for g in range(config.samples)
+    ]
+    prompts = [problem.prompt for problem in problems]
+    r = rollout(policy, prompts, seeds, setting, config.max_cot, config.max_answer, 1.0)
+    rewards = rewards_of(r, problems, TASKS[config.task].equal)  # [B, G]
+    rolled = time.perf_counter()
+
+    advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
+    stats = policy_gradient(policy, r, advantages.to(policy.device), config.micro_batch)
+    norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM)
+    lr = schedule.get_last_lr()[0]
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    trained = time.perf_counter()
+
+    tokens = r.cot_mask.sum().item() + r.answer_mask.sum().item()
+    metrics = {
+        "step": step + 1,
+        "reward": rewards.mean().item(),
+        "success": (rewards == 100).mean().item(),
+        "mixed_groups": (rewards != rewards[:, :1]).any(axis=1).mean().item(),
+        "cot_len": r.cot_mask.sum(1).float().mean().item(),
+        "stop_rate": float(np.mean(r.stopped)),
+        "cot_entropy": (r.cot_entropy.sum() / r.cot_mask.sum()).item(),
+        **stats,
+        "grad_norm": norm.item(),
+        "lr": lr,
+        "rollout_s": rolled - start,
+        "train_s": trained - rolled,
+        "tokens_per_s": tokens / (rolled - start),
+    }
+    return metrics, r, rewards
+
+
+def checkpoint(
+    policy: Policy, config: Config, out: Path, held_out: list[Problem], step: int, best: float, *saved
+) -> float:
+    """Validate, keep the model in out/model if it is the best so far, save the state; new best.
+
+    held_out: validation problems, run greedily in the trained mode; if there are none, the latest
+    model counts as the best. saved: optimizer and schedule.
+    """
+    score = float(step)
+    if held_out:
+        score = evaluate(policy, held_out, settings_of(config)[f"{config.cot}_greedy"], config, 1)
+        score = score["k"]["1"]
+    if score > best:
+        best = score
+        save_model(policy, out / "model")
+    save_state(out / "state.pt", policy, *saved, step, best)
+    return best
+
+
+def log_step(out: Path, metrics: dict, r: Rollout, rewards: np.ndarray, with_samples: bool) -> None:
+    """Append the step to metrics.jsonl, and now and then three of its CoTs to samples.jsonl."""
+    append_jsonl(out / "metrics.jsonl", metrics)
+    for n in range(min(3, len(r.cots)) if with_samples else 0):
+        row = {"step": metrics["step"], "cot": r.cots[n], "stopped": r.stopped[n]}
+        row |= {"answer": r.answers[n], "reward": rewards.flat[n]}
+        append_jsonl(out / "samples.jsonl", row)
+
+
+def train(policy: Policy, config: Config, out: Path) -> None:
+    """The algorithm: for each step sample, reward, update; now and then validate and save."""
+    problems = load_problems(config, "train")
+    held_out = load_problems(config, "validation")[: config.eval_limit]
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0
+    )
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
+    saved = (optimizer, schedule)
+    if config.resume:
+        done, best = load_state(out / "state.pt", policy, *saved)
+        forget_after(out, done)
+    else:
+        done, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0, *saved)
+    every = max(1, config.steps // CHECKPOINTS)
+    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=config.cot)
+    for step in bar:
+        batch = prompts_of_step(problems, step, config.prompts, config.seed)
+        metrics, r, rewards = train_step(policy, batch, step, config, *saved)
+        now = (step + 1) % every == 0 or step + 1 == config.steps
+        log_step(out, metrics, r, rewards, with_samples=now or step == 0)
+        if now:
+            best = checkpoint(policy, config, out, held_out, step + 1, best, *saved)
+        shown = {key: f"{metrics[key]:.2f}" for key in ("reward", "success", "cot_len")}
+        bar.set_postfix(**shown, best=f"{best:.2f}")
+
+
+def forget_after(out: Path, step: int) -> None:
+    """Drop the log lines of steps that a resumed run will do again."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rows = [row for row in read_jsonl(out / name) if row["step"] <= step]
+        (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. Main
+# ------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> Config:
+    """Config from command-line arguments; UserError on an unknown flag or a bad value."""
+    parser = transformers.HfArgumentParser(
+        Config, allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0]
+    )
+
+    def fail(message: str):
+        raise UserError(message)
+
+    parser.error = fail
+    config, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    require(not unknown, f"{' '.join(unknown)}: no such flag; --help lists them all")
+    return config
+
+
+def prepare(config: Config) -> Path:
+    """Make --out-dir ready and write config.json there; a resumed run must have the same settings."""
+    out = Path(config.out_dir)
+    new = dataclasses.asdict(dataclasses.replace(config, resume=False))
+    if config.resume:
+        require((out / "config.json").is_file(), f"--resume: {out} holds no run; leave --resume out")
+        old = read_json(out / "config.json")
+        changed = [flag(k) for k in new if k not in FREE_TO_CHANGE and new[k] != old.get(k)]
+        require(not changed, f"--resume: {out} was started with other values of {' '.join(changed)}")
+    out.mkdir(parents=True, exist_ok=True)
+    if not config.resume and not config.eval_only:
+        for name in ("metrics.jsonl", "samples.jsonl", "eval.json", "state.pt"):
+            (out / name).unlink(missing_ok=True)
+    if not config.eval_only:
+        write_json(out / "config.json", new)
+    return out
+
+
+def run(config: Config) -> str:
+    """What the program does; returns its last line."""
+    config, filled_in = filled(config)
+    print(filled_in)
+    torch.set_num_threads(config.threads)
+    out = prepare(config)
+    policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
+    if config.eval_only:
+        mine = config.model and Path(config.model).resolve() == (out / "model").resolve()
+        evaluate_all(policy, config, "trained" if mine else "base", out / "eval.json")
+        return f"Evaluated {config.model or 'the toy base'}: {out}/eval.json"
+    if config.eval_limit and not config.resume:
+        evaluate_all(policy, config, "base", out / "eval.json")
+    train(policy, config, out)
+    plot_curves(out, config.cot)
+    if not config.eval_limit:
+        return f"Trained for {config.steps} steps, not evaluated: model in {out}/model"
+    best = load_policy(config, str(out / "model"))
+    records = evaluate_all(best, config, "trained", out / "eval.json")
+    plot_pass_at_k(out, config.cot)
+    name = "hard_greedy" if "hard_greedy" in config.eval_settings else config.eval_settings[0]
+    score = {row["stage"]: row["k"]["1"] for row in records if row["setting"] == name}
+    return (
+        f"{name} pass@1 {score['base']:.3f} -> {score['trained']:.3f} after {config.steps} steps of"
+        f" {config.cot} training: model in {out}/model, figures and tables in {out}"
+    )
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    """Parse, run, and turn a user's mistake into one line and exit status 2."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        print(run(parse(sys.argv[1:] if arguments is None else arguments)))
+    except UserError as error:
+        print(f"softcot.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
