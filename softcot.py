@@ -141,6 +141,7 @@ class Config:
     samples: Optional[int] = option(None, "G: samples of each prompt")
     max_cot: Optional[int] = option(None, "longest CoT in tokens, in training")
     max_answer: Optional[int] = option(None, "longest answer in tokens")
+    eval_max_cot: Optional[int] = option(None, "longest CoT in tokens, in evaluation")
     lr: Optional[float] = option(None, "peak learning rate of AdamW")
     warmup: int = option(20, "steps of linear warm-up before the cosine decay")
     tau: Optional[float] = option(None, "temperature of the CoT's token distribution")
@@ -165,7 +166,7 @@ class Config:
 
     def __post_init__(self):
         at_least = {"steps": 1, "prompts": 1, "max_cot": 1, "max_answer": 1, "warmup": 0, "seed": 0}
-        at_least |= {"eval_k": 1, "eval_limit": 0, "micro_batch": 1, "threads": 1}
+        at_least |= {"eval_k": 1, "eval_limit": 0, "eval_max_cot": 1, "micro_batch": 1, "threads": 1}
         for name, low in at_least.items():
             value = getattr(self, name)
             ok = value is None or value >= low
@@ -276,7 +277,7 @@ class Task:
 
 PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
 PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32, "micro_batch": 8}
-PAPER_STEP |= {"lr": 6e-6, "eval_k": 32}
+PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512}
 
 
 def parse_number(text: str) -> Optional[float]:
@@ -326,7 +327,7 @@ TASKS = {
         prompt="QUESTION",
         validation=128,
         defaults=dict(steps=100, prompts=32, samples=32, max_cot=9, max_answer=3, lr=5e-5)
-        | dict(eval_k=32, eval_limit=128, micro_batch=1024),
+        | dict(eval_max_cot=9, eval_k=32, eval_limit=128, micro_batch=1024),
     ),
     "gsm8k": Task(
         hub=("openai/gsm8k", "main"),
@@ -842,7 +843,7 @@ def evaluate(
     for batch in tqdm(batches, desc=label, leave=False, disable=not label):
         seeds = [row_seed(config.seed, 1, problem.id, g) for problem in batch for g in range(n)]
         prompts = [problem.prompt for problem in batch]
-        r = rollout(policy, prompts, seeds, setting, config.max_cot, config.max_answer, 0.0)
+        r = rollout(policy, prompts, seeds, setting, config.eval_max_cot, config.max_answer, 0.0)
         rewards = rewards_of(r, batch, TASKS[config.task].equal)
         counts += (rewards == 100).sum(axis=1).tolist()
         lengths += r.cot_mask.sum(1).tolist()
@@ -936,7 +937,7 @@ def plot_curves(out: Path, cot: str) -> None:
         "success": "success rate",
         "cot_len": "CoT length (tokens)",
         "cot_entropy": "CoT entropy (nats)",
-        "mixed_groups": "share of groups with mixed rewards",
+        "mixed_groups": "groups with mixed rewards",
     }
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(2, 2).flat, panels.items()):
@@ -962,13 +963,18 @@ def plot_pass_at_k(out: Path, cot: str) -> None:
     if not sampled:
         return
     for axes, name in zip(figure.subplots(1, len(sampled), sharey=True, squeeze=False)[0], sampled):
-        for stage, color, style in (("base", COLORS["base"], "--"), ("trained", COLORS[cot], "-")):
-            if (name, stage) not in latest:
+        for stage, style, below in (("base", "--", True), (f"{cot}-trained", "-", False)):
+            row = latest.get((name, stage.split("-")[-1]))
+            if row is None:
                 continue
-            ks = {int(k): v for k, v in latest[name, stage].items()}
-            axes.plot(ks.keys(), ks.values(), style, color=color, marker="o", markersize=4)
-            axes.annotate(stage, (max(ks), ks[max(ks)]), ha="right", va="bottom", color=color)
+            ks, values = [int(k) for k in row], list(row.values())
+            color = COLORS[stage.split("-")[0]]
+            axes.plot(ks, values, style, color=color, marker="o", markersize=4)
+            at, shift = (ks[len(ks) // 2], values[len(ks) // 2]), (4, -14) if below else (-4, 6)
+            align = "left" if below else "right"
+            axes.annotate(stage, at, shift, textcoords="offset points", ha=align, color=color)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set(title=name, xlabel="k", ylim=(0, 1.05))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("pass@k on test problems")

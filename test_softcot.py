@@ -1,0 +1,784 @@
+"""Tests of softcot: every one compares with an oracle (numpy, float64, brute force, a plain loop).
+
+    python -m pytest                 # about 2 minutes on 2 CPU cores, no network
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
+
+import softcot
+import toy_tasks
+from softcot import SETTINGS, Policy, Problem, Setting, UserError
+
+HERE = Path(__file__).parent
+
+
+# ------------------------------------------------------------------------------------------------
+# Small models and tokenizers made on the spot
+# ------------------------------------------------------------------------------------------------
+
+
+def char_tokenizer(extra=()):
+    """One token a character (so that a stop phrase is many tokens), and the extra ones as written."""
+    chars = [chr(c) for c in range(32, 127)] + ["\n"]
+    vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>"] + chars)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens(list(extra))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
+def tiny_policy(kind: str) -> Policy:
+    """A random model of a few thousand weights: rotary, absolute, tied, scaled or untied."""
+    torch.manual_seed(0)
+    tokenizer = char_tokenizer()
+    size = dict(vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    block = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    block |= dict(num_key_value_heads=1, initializer_range=0.2)
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**size, **block),
+        "llama-tied": lambda: transformers.LlamaConfig(**size, **block, tie_word_embeddings=True),
+        "qwen2": lambda: transformers.Qwen2Config(**size, **block, tie_word_embeddings=True),
+        "gemma": lambda: transformers.GemmaConfig(**size, **block, head_dim=16),
+        "gpt2": lambda: transformers.GPT2Config(
+            **size, n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.2
+        ),
+    }[kind]()
+    return Policy(transformers.AutoModelForCausalLM.from_config(config).eval(), tokenizer)
+
+
+KINDS = ("llama", "llama-tied", "qwen2", "gemma", "gpt2")
+PROMPTS = ["What is 1+2?", "Hi", "A rather longer question, which needs no padding"]
+
+
+def seeds_for(N):
+    return [softcot.row_seed(5, n) for n in range(N)]
+
+
+def sample(policy, setting, prompts=PROMPTS, seeds=None, max_cot=12, max_answer=5, answer_tau=1.0):
+    seeds = seeds or seeds_for(2 * len(prompts))
+    return softcot.rollout(policy, prompts, seeds, setting, max_cot, max_answer, answer_tau)
+
+
+class Scripted(nn.Module):
+    """A "model" that says what it is told: row n's next token is scripts[n][columns so far - prompt]."""
+
+    def __init__(self, tokenizer, prompt_length, scripts):
+        super().__init__()
+        self.config = transformers.LlamaConfig(num_hidden_layers=1)
+        self.embed = nn.Embedding(len(tokenizer), 4)
+        self.prompt_length, self.scripts, self.calls = prompt_length, scripts, []
+        self.device = torch.device("cpu")
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, attention_mask, past_key_values, input_ids=None, inputs_embeds=None, **_):
+        x = inputs_embeds if input_ids is None else self.embed(input_ids)
+        self.calls.append("ids" if inputs_embeds is None else "embeds")
+        past_key_values.update(x[:, None], x[:, None], 0)
+        logits = torch.full((len(x), 1, self.embed.num_embeddings), -20.0)
+        for n, count in enumerate(attention_mask.sum(1).tolist()):
+            script = self.scripts[n % len(self.scripts)]
+            logits[n, 0, script[min(count - self.prompt_length, len(script) - 1)]] = 20.0
+        return CausalLMOutput(logits=logits)
+
+
+# ------------------------------------------------------------------------------------------------
+# Densities and mixtures
+# ------------------------------------------------------------------------------------------------
+
+
+def gaussian_oracle(logits, E, x, tau, sigma):
+    """Equation 10 in float64 numpy."""
+    z = logits / tau
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return -((x - p @ E) ** 2).sum(-1) / (2 * sigma**2)
+
+
+def finite_differences(f, x, h=1e-6):
+    """Gradient of the scalar f at x by central differences, in float64."""
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[i] += h
+        down[i] -= h
+        gradient[i] = (f(up) - f(down)) / (2 * h)
+    return gradient
+
+
+def test_gaussian_logp_and_its_gradients_equal_float64_and_finite_differences():
+    rng = np.random.default_rng(0)
+    logits, E, tau, sigma = rng.normal(size=(3, 7)), rng.normal(size=(7, 4)), 0.5, 0.3
+    x = rng.normal(size=(3, 4))
+    tl, tE, tx = (torch.tensor(a, dtype=torch.float32, requires_grad=True) for a in (logits, E, x))
+    ours = softcot.gaussian_logp(tx, softcot.mixture(tl, tau, tE), sigma)
+    np.testing.assert_allclose(ours.detach(), gaussian_oracle(logits, E, x, tau, sigma), rtol=1e-5)
+    ours.sum().backward()
+    by_logits = finite_differences(lambda a: gaussian_oracle(a, E, x, tau, sigma).sum(), logits)
+    by_E = finite_differences(lambda a: gaussian_oracle(logits, a, x, tau, sigma).sum(), E)
+    np.testing.assert_allclose(tl.grad, by_logits, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(tE.grad, by_E, rtol=1e-3, atol=1e-4)
+    assert tx.grad is None  # the sample is a constant
+
+
+def test_categorical_logp_and_its_gradient_equal_float64_and_finite_differences():
+    rng = np.random.default_rng(1)
+    logits, tau, tokens = rng.normal(size=(4, 6)), 0.7, np.array([0, 5, 2, 2])
+
+    def oracle(a):
+        z = a / tau
+        return z[np.arange(4), tokens] - np.log(np.exp(z).sum(1))
+
+    t = torch.tensor(logits, dtype=torch.float32, requires_grad=True)
+    ours = softcot.categorical_logp(torch.tensor(tokens), t, tau)
+    np.testing.assert_allclose(ours.detach(), oracle(logits), rtol=1e-5)
+    ours.sum().backward()
+    expected = finite_differences(lambda a: oracle(a).sum(), logits)
+    np.testing.assert_allclose(t.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mixture_of_a_certain_token_is_its_embedding_as_the_model_computes_it(kind):
+    policy = tiny_policy(kind)
+    V = len(policy.tokenizer)
+    logits = torch.full((V, V), -1e4).fill_diagonal_(1e4)
+    E = policy.embeddings()
+    assert torch.equal(softcot.mixture(logits, 0.5, E), policy.embed(torch.arange(V)))
+
+
+def test_embeddings_of_a_scaling_model_are_scaled_and_carry_gradient():
+    policy = tiny_policy("gemma")
+    weight = policy.model.get_input_embeddings().weight
+    torch.testing.assert_close(policy.embeddings(), weight * 32**0.5)
+    policy.embeddings().sum().backward()
+    grad = weight.grad[1:]  # row 0 is the padding token: nn.Embedding gives it none
+    torch.testing.assert_close(grad, torch.full_like(grad, 32**0.5))
+
+
+def test_sampling_follows_the_distribution_and_never_picks_an_impossible_token():
+    torch.manual_seed(0)
+    logits = torch.randn(5).repeat(200_000, 1)
+    logits[:, [0, 4]] = -math.inf
+    tokens = softcot.sample_token(logits, 0.7, torch.rand(200_000))
+    counts = torch.bincount(tokens, minlength=5) / 200_000
+    p = torch.softmax(logits[0] / 0.7, -1)
+    assert counts[0] == counts[4] == 0
+    assert (counts - p).abs().max() < 4 * (p * (1 - p) / 200_000).sqrt().max()
+    edges = softcot.sample_token(logits[:2], 0.7, torch.tensor([0.0, 1 - 2**-24]))
+    assert edges.tolist() == [1, 3]
+
+
+def test_noise_has_the_stated_size():
+    policy = tiny_policy("llama")
+    r = sample(policy, SETTINGS["soft_sample"], max_cot=40, seeds=seeds_for(60))
+    assert r.sigma == pytest.approx(0.33 * policy.embeddings().square().mean().sqrt().item())
+    D = policy.embeddings().shape[1]
+    ratio = -2 * r.cot_logp[r.cot_mask] / D  # ||ht - h||^2 / (sigma^2 D), 1 on average
+    assert ratio.mean().item() == pytest.approx(1, abs=4 * (2 / D / len(ratio)) ** 0.5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rollout
+# ------------------------------------------------------------------------------------------------
+
+
+def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
+    """One sequence without cache, padding or batch, and its log-probabilities, in a plain loop."""
+    model, E = policy.model, policy.embeddings().detach()
+    sigma = setting.noise * E.square().mean().sqrt().item()
+    u, eps = softcot.draw([seed], max_cot, max_answer, E.shape[1] if sigma else 0, "cpu")
+    x = policy.embed(policy.tokenizer(prompt, return_tensors="pt").input_ids)[0].detach()
+    tokens, inputs, logps, text = [], [], [], ""
+    for t in range(max_cot):
+        logits = model(inputs_embeds=x[None]).logits[0, -1].detach()
+        if setting.hard:
+            if setting.tau == 0:
+                token, logp = logits.argmax(), 0.0
+            else:
+                p = torch.softmax(logits / setting.tau, -1)
+                token = (p.cumsum(0) > u[0, t]).int().argmax()
+                logp = p[token].log().item()
+            new = E[token]
+        else:
+            mean = torch.softmax(logits / setting.tau, -1) @ E[: len(logits)]
+            new = mean + (sigma * eps[0, t] if sigma else 0)
+            token = logits.argmax()
+            logp = -((new - mean).square().sum() / (2 * sigma**2)).item() if sigma else 0.0
+        tokens.append(token.item())
+        inputs.append(new)
+        logps.append(logp)
+        x = torch.cat([x, new[None]])
+        text += policy.tokenizer.decode([token.item()], skip_special_tokens=True)
+        if token == policy.tokenizer.eos_token_id or "The final answer is:" in text:
+            break
+    opening = " \\boxed{" if "The final answer is:" in text else "The final answer is: \\boxed{"
+    prefill = policy.tokenizer(opening, return_tensors="pt", add_special_tokens=False).input_ids
+    x = torch.cat([x, policy.embed(prefill)[0].detach()])
+    answer, answer_logps = [], []
+    for a in range(max_answer):
+        logp = torch.log_softmax(model(inputs_embeds=x[None]).logits[0, -1].detach(), -1)
+        token = (logp.exp().cumsum(0) > u[0, max_cot + a]).int().argmax()
+        answer.append(token.item())
+        answer_logps.append(logp[token].item())
+        x = torch.cat([x, E[token][None]])
+        if token == policy.tokenizer.eos_token_id or "}" in policy.tokenizer.decode(answer):
+            break
+    return tokens, torch.stack(inputs), logps, answer, answer_logps
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cached_batched_padded_rollout_equals_a_plain_one(kind, name):
+    policy, setting = tiny_policy(kind), SETTINGS[name]
+    seeds = seeds_for(6)
+    r = sample(policy, setting, seeds=seeds)
+    for n in range(6):
+        tokens, inputs, logps, answer, answer_logps = plain_rollout(
+            policy, PROMPTS[n // 2], seeds[n], setting, 12, 5
+        )
+        T, A = len(tokens), len(answer)
+        assert r.cot_mask[n].tolist() == [t < T for t in range(r.cot_mask.shape[1])]
+        assert r.answer_mask[n].tolist() == [a < A for a in range(r.answer_mask.shape[1])]
+        assert r.cot_ids[n, :T].tolist() == tokens
+        assert r.answer_ids[n, :A].tolist() == answer
+        if not setting.hard:  # a soft CoT feeds back on itself, so that rounding errors grow
+            torch.testing.assert_close(r.cot_inputs[n, :T], inputs, rtol=0, atol=2e-3)
+        np.testing.assert_allclose(r.cot_logp[n, :T], logps, rtol=1e-3, atol=2e-3)
+        np.testing.assert_allclose(r.answer_logp[n, :A], answer_logps, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_greedy_equals_generate_token_for_token(kind):
+    policy = tiny_policy(kind)
+    r = sample(policy, SETTINGS["hard_greedy"], seeds=seeds_for(3), max_cot=20)
+    batch = policy.tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    out = policy.model.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        do_sample=False,
+        max_new_tokens=20,
+        min_new_tokens=20,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    new = out[:, batch.input_ids.shape[1] :]
+    for n in range(3):
+        T = r.cot_mask[n].sum()
+        assert T == 20 or r.cot_ids[n, T - 1] == 1  # up to the limit or end of text
+        assert r.cot_ids[n, :T].tolist() == new[n, :T].tolist()
+
+
+@pytest.mark.parametrize("name", ["hard_sample", "soft_sample", "fuzzy_sample"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_log_probabilities_equal_those_of_the_rollout(kind, name):
+    policy = tiny_policy(kind)
+    r = sample(policy, SETTINGS[name])
+    cot, answer = softcot.log_probs(policy, r)
+    # Through softmax(logits / 0.0001) rounding of the logits counts 10,000 times: look at residuals.
+    atol = 0.5 if "fuzzy" in name else 2e-3
+    torch.testing.assert_close(cot.detach(), r.cot_logp, rtol=1e-3, atol=atol)
+    torch.testing.assert_close(answer.detach(), r.answer_logp, rtol=1e-3, atol=2e-3)
+    assert cot.requires_grad and not r.cot_logp.requires_grad
+
+
+@pytest.mark.parametrize("name", ["hard_sample", "soft_sample"])
+def test_neighbours_and_padding_change_nothing(name):
+    policy = tiny_policy("llama")
+    seeds = seeds_for(6)
+    together = sample(policy, SETTINGS[name], seeds=seeds)
+    for b, prompt in enumerate(PROMPTS):
+        alone = sample(policy, SETTINGS[name], [prompt], seeds[2 * b : 2 * b + 2])
+        for n in range(2):
+            assert alone.cots[n] == together.cots[2 * b + n]
+            assert alone.answers[n] == together.answers[2 * b + n]
+            ours = alone.cot_logp[n][alone.cot_mask[n]]
+            theirs = together.cot_logp[2 * b + n][together.cot_mask[2 * b + n]]
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3)
+
+
+STOPS = {  # what the model writes -> the CoT (without what the last token adds) and its opening
+    "so. The final answer is: 7": ("so. The final answer is:", " \\boxed{"),
+    "The final answer is:\n\nno": ("The final answer is:", " \\boxed{"),
+    "The final answer was 7, was it?": ("The final answer was 7", "The final answer is: \\boxed{"),
+    "done<eos>never read, not at all": ("done", "The final answer is: \\boxed{"),
+}
+
+
+@pytest.mark.parametrize("name", ["hard_sample", "soft_greedy", "soft_sample", "fuzzy_sample"])
+@pytest.mark.parametrize("extra", [(), ("final answer", " is: "), ("wer is:\n\n", "The f")])
+def test_the_stop_phrase_counts_however_it_is_split(name, extra):
+    tokenizer = char_tokenizer(extra)
+    scripts = [tokenizer(text).input_ids for text in STOPS]
+    policy = Policy(Scripted(tokenizer, 2, scripts), tokenizer)
+    limit = len(tokenizer("The final answer was 7").input_ids)  # the third CoT is cut there
+    limit = max(limit, len(tokenizer("so. The final answer is:").input_ids))
+    r = softcot.rollout(policy, ["Q?"] * 4, seeds_for(4), SETTINGS[name], limit, 4, 1.0)
+    assert r.stopped == [True, True, False, False]
+    for n, (text, opening) in enumerate(STOPS.values()):
+        assert r.cots[n].startswith(text)
+        over = r.cots[n][len(text) :]
+        assert over in (("", " ", "\n\n") if r.stopped[n] else ("", ", was"[: len(over)]))
+        ended = tokenizer.eos_token_id in r.cot_ids[n][r.cot_mask[n]]
+        assert ended == (n == 3) and (n != 2 or r.cot_mask[n].all())
+        filled = tokenizer.decode(r.prefill_ids[n][r.prefill_mask[n]])
+        assert filled == (opening.lstrip() if r.stopped[n] and over else opening)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_answers_are_hard_tokens_in_every_mode(name):
+    tokenizer = char_tokenizer()
+    script = tokenizer("ab The final answer is: ??????42}9999").input_ids
+    model = Scripted(tokenizer, 1, [script])
+    policy = Policy(model, tokenizer)
+    r = softcot.rollout(policy, ["Q"], seeds_for(1), SETTINGS[name], 30, 8, 1.0)
+    T = r.cot_mask.sum().item()
+    # the prompt, T CoT inputs, the prefill, then ids alone
+    assert model.calls[: T + 2] == ["ids"] + ["embeds"] * T + ["ids"]
+    assert set(model.calls[T + 1 :]) == {"ids"}
+    assert r.answers[0] == "42}"[: len(r.answers[0])] or r.answers[0].endswith("}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Advantages, loss, gradient
+# ------------------------------------------------------------------------------------------------
+
+
+def test_rloo_advantages_equal_brute_force():
+    rewards = torch.tensor(np.random.default_rng(0).choice([0.0, 10.0, 100.0], size=(5, 8)))
+    ours = softcot.rloo_advantages(rewards)
+    for b, g in itertools.product(range(5), range(8)):
+        others = [rewards[b, i].item() for i in range(8) if i != g]
+        assert ours[b, g].item() == pytest.approx(rewards[b, g].item() - sum(others) / 7)
+    equal = torch.full((1, 32), 10.0)
+    assert softcot.rloo_advantages(equal).abs().max() == 0
+
+
+def test_pass_at_k_equals_brute_force_over_all_subsets():
+    for n, correct in itertools.product(range(1, 7), range(7)):
+        for k in range(1, n + 1):
+            if correct > n:
+                continue
+            samples = [i < correct for i in range(n)]
+            subsets = list(itertools.combinations(samples, k))
+            expected = sum(any(s) for s in subsets) / len(subsets)
+            assert softcot.pass_at_k(n, correct, k) == pytest.approx(expected)
+    with pytest.raises(ValueError):
+        softcot.pass_at_k(4, 1, 5)
+
+
+def gradient_of(policy, r, advantages, micro_batch):
+    policy.model.zero_grad()
+    stats = softcot.policy_gradient(policy, r, advantages, micro_batch)
+    grads = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    return stats["loss"], grads
+
+
+@pytest.mark.parametrize("name", ["hard_sample", "soft_sample"])
+def test_micro_batches_and_skipped_rows_leave_loss_and_gradient_unchanged(name):
+    policy = tiny_policy("llama")
+    r = sample(policy, SETTINGS[name])
+    advantages = torch.tensor([3.0, -1.0, 0.0, 2.0, 0.0, -4.0])
+    whole_loss, whole = gradient_of(policy, r, advantages, 6)
+    policy.model.zero_grad()
+    cot, answer = softcot.log_probs(policy, r)  # all six rows, none skipped
+    loss = -(advantages * (cot.sum(1) + answer.sum(1))).sum() / 6
+    loss.backward()
+    assert whole_loss == pytest.approx(loss.item(), rel=1e-5)
+    for micro_batch in (1, 4):
+        part_loss, part = gradient_of(policy, r, advantages, micro_batch)
+        assert part_loss == pytest.approx(whole_loss, rel=1e-5)
+        for parameter in whole:
+            scale = whole[parameter].abs().max()
+            torch.testing.assert_close(
+                part[parameter] / scale, whole[parameter] / scale, rtol=0, atol=1e-5
+            )
+
+
+def test_equal_rewards_give_no_gradient_and_no_error():
+    policy = tiny_policy("llama")
+    r = sample(policy, SETTINGS["soft_sample"])
+    loss, grads = gradient_of(policy, r, torch.zeros(6), 2)
+    assert loss == 0 and not grads
+
+
+class Dynamics(nn.Module):
+    """A "model" with a memory of one input: logits = a x + c, for embeddings of width 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(3, 1, _weight=torch.tensor([[-1.0], [0.2], [1.5]]))
+        self.a = nn.Parameter(torch.tensor([0.5, -1.0, 0.8]))
+        self.c = nn.Parameter(torch.tensor([0.1, 0.3, -0.2]))
+        self.device = torch.device("cpu")
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, inputs_embeds, logits_to_keep, **_):
+        return CausalLMOutput(logits=inputs_embeds[:, logits_to_keep] * self.a + self.c)
+
+
+def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_reward():
+    """Two soft tokens of width 1: E[R] is a double integral, done on a grid in float64."""
+    tau, sigma, start = 0.5, 0.4, 0.7
+    model = Dynamics()
+    policy = Policy(model, None)
+
+    def right(x1, x2):
+        return (x1 > 0.1) & (x1 + x2 < 0.9)
+
+    # the oracle: J = integral of N(x1; h(start)) N(x2; h(x1)) R(x1, x2), gradient by autograd
+    E, a, c = (t.detach().double().requires_grad_() for t in (model.embed.weight, model.a, model.c))
+    grid = torch.linspace(-4, 4, 1601, dtype=torch.float64)
+
+    def density(x, past):
+        mean = torch.softmax((past[:, None] * a + c) / tau, -1) @ E  # [len(past), 1]
+        z = (x[None] - mean) / sigma
+        return torch.exp(-(z**2) / 2) / (sigma * math.sqrt(2 * math.pi))
+
+    first = density(grid, torch.tensor([start], dtype=torch.float64))[0]
+    J = (first[:, None] * density(grid, grid) * right(grid[:, None], grid[None])).sum()
+    J = J * (grid[1] - grid[0]) ** 2
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(J, (E, a, c))])
+
+    # ours: many independent small batches, for a mean and its standard error
+    torch.manual_seed(0)
+    estimates = []
+    for _ in range(40):
+        B, G = 500, 8
+        N = B * G
+        x = torch.full((N, 1, 1), start)
+        inputs = []
+        for _ in range(2):
+            mean = softcot.mixture(x * model.a + model.c, tau, model.embed.weight).detach()
+            x = mean + sigma * torch.randn(N, 1, 1)
+            inputs.append(x)
+        inputs = torch.cat(inputs, 1)
+        rewards = right(inputs[:, 0, 0], inputs[:, 1, 0]).float()
+        none, no = torch.zeros(N, 1, dtype=torch.long), torch.zeros(N, 1, dtype=torch.bool)
+        zeros = torch.zeros(N, 2)
+        # The prompt is one token whose embedding is `start`: a constant, given through the CoT
+        # columns by one more column in front that the mask leaves out of the loss.
+        r = softcot.Rollout(
+            setting=Setting("soft", tau, 1.0), sigma=sigma, prompt_ids=none, prompt_mask=~no,
+            cot_ids=torch.zeros(N, 3, dtype=torch.long),
+            cot_inputs=torch.cat([torch.full((N, 1, 1), start), inputs], 1),
+            cot_mask=torch.cat([no, ~no, ~no], 1), cot_logp=torch.zeros(N, 3), cot_entropy=zeros,
+            prefill_ids=none, prefill_mask=no, answer_ids=none, answer_mask=no,
+            answer_logp=torch.zeros(N, 1), stopped=[True] * N, cots=[""] * N, answers=[""] * N,
+        )  # fmt: skip
+        model.zero_grad()
+        advantages = softcot.rloo_advantages(rewards.view(B, G)).flatten()
+        softcot.policy_gradient(policy, r, advantages, N)
+        grads = (model.embed.weight.grad, model.a.grad, model.c.grad)
+        estimates.append(-torch.cat([g.flatten() for g in grads]))  # ascent direction
+    estimates = torch.stack(estimates).double()
+    error = estimates.std(0) / len(estimates) ** 0.5
+    assert ((estimates.mean(0) - expected).abs() < 4.5 * error).all()
+    assert (error < 0.15 * expected.abs().max()).all()  # the comparison is a sharp one
+
+
+# ------------------------------------------------------------------------------------------------
+# Answers, rewards, data
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer, gold, expected",
+    [
+        ("18}", "18", 100),
+        ("$1,200.00}.", "1200", 100),
+        ("\\$18}", "18", 100),
+        ("-3}", "-3", 100),
+        ("18 \\text{ eggs}}", "18", 100),
+        ("50\\%}", "50", 100),
+        (".5}", "0.5", 100),
+        ("17}", "18", 10),
+        ("-18}", "18", 10),
+        ("}", "18", 10),
+        ("9+9}", "18", 10),
+        ("__import__('os')}", "18", 10),
+        ("18", "18", 0),
+        ("", "18", 0),
+        ("\\frac{18}{1", "18", 0),
+    ],
+)
+def test_rewards_are_100_for_right_10_for_boxed_and_0_otherwise(answer, gold, expected):
+    assert softcot.reward(answer, gold, softcot.same_number) == expected
+
+
+def test_a_box_is_read_to_its_own_closing_brace():
+    assert softcot.boxed("\\frac{1}{2}} and {more}") == "\\frac{1}{2}"
+    assert softcot.boxed("\\{1, 2\\}}") == "\\{1, 2\\}"
+    assert softcot.boxed("\\frac{1}{2}") is None
+
+
+def test_gsm8k_rows_become_problems_and_validation_is_disjoint_and_stable(tmp_path):
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    lines = [
+        json.dumps({"question": f"What is {i}+1?", "answer": f"So {i}+1.\n#### {i + 1:,}"})
+        for i in range(2000)
+    ]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n\n")
+    config = softcot.Config(model="m", task="gsm8k", data_dir=str(tmp_path))
+    training = softcot.load_problems(config, "train")
+    held_out = softcot.load_problems(config, "validation")
+    assert len(held_out) == 128 and len(training) == 1872
+    assert not {p.id for p in training} & {p.id for p in held_out}
+    assert held_out == softcot.load_problems(dataclasses.replace(config, seed=9), "validation")
+    for problem in training[:50]:
+        assert f"User: What is {problem.id}+1?\nAssistant:" in problem.prompt
+        assert softcot.same_number(str(problem.id + 1), problem.gold)
+
+
+def test_every_epoch_of_training_sees_every_problem_once():
+    problems = [Problem(i, "", "") for i in range(10)]
+    seen = [p.id for step in range(10) for p in softcot.prompts_of_step(problems, step, 3, seed=4)]
+    for epoch in range(3):
+        assert sorted(seen[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert seen[:10] != seen[10:20]
+
+
+def test_toy_problems_for_testing_are_not_among_those_for_training():
+    train = {row["question"] for row in toy_tasks.rows("train")}
+    test = {row["question"] for row in toy_tasks.rows("test")}
+    assert len(train) == toy_tasks.TRAIN and len(test) == toy_tasks.TEST and not train & test
+    for row in toy_tasks.rows("test")[:20]:
+        assert sum(int(n) for n in row["question"][:-1].split("+")) == int(row["answer"])
+
+
+def test_toy_pretraining_text_is_what_the_tokenizer_reads():
+    tokenizer = toy_tasks.make_tokenizer()
+    terms = toy_tasks.all_problems()[:200]
+    ids, labels = toy_tasks.pretraining_batch(
+        terms, tokenizer.get_vocab(), torch.Generator().manual_seed(0)
+    )
+    stops = {True: [], False: []}
+    for row, target, numbers in zip(ids, labels, terms.tolist()):
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        question, _, reply = text.partition("=")
+        assert question == "+".join(map(str, numbers))
+        thought, _, answer = reply.partition("The final answer is: \\boxed{")
+        totals = [int(t) for t in thought.split()]
+        assert totals == list(itertools.accumulate(numbers))[1 : len(totals) + 1]
+        assert answer == f"{totals[-1]}}}"
+        kept = target[target != -100]
+        assert tokenizer.decode(kept) == reply + "<eos>"
+        assert tokenizer(text).input_ids == row[: len(tokenizer(text).input_ids)].tolist()
+        for i, total in enumerate(totals[: toy_tasks.TERMS - 2]):
+            stops[total % 5 == 0].append(i == len(totals) - 1)
+    assert abs(np.mean(stops[True]) - toy_tasks.STOP_ROUND) < 0.12
+    assert abs(np.mean(stops[False]) - toy_tasks.STOP_OTHER) < 0.08
+
+
+# ------------------------------------------------------------------------------------------------
+# The program
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """An untrained toy model in a folder: quick to load, good enough for plumbing."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = toy_tasks.make_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, eos_token_id=1, pad_token_id=0, initializer_range=0.5,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_run(folder, out, *more):
+    """Run the program in this process on the untrained toy; returns its exit status."""
+    small = "--prompts 2 --samples 4 --eval-limit 4 --eval-k 2 --warmup 2 --lr 1e-3".split()
+    return softcot.main(["--model", str(folder), "--out-dir", str(out), *small, *more])
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+TIMES = ("rollout_s", "train_s", "tokens_per_s")
+
+
+@pytest.mark.parametrize("cot", ["soft", "fuzzy", "hard"])
+def test_the_same_seed_gives_the_same_run_and_resume_continues_it_to_the_bit(
+    cot, tiny_folder, tmp_path
+):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert tiny_run(tiny_folder, whole, "--cot", cot, "--steps", "6") == 0
+    assert tiny_run(tiny_folder, again, "--cot", cot, "--steps", "6", "--eval-limit", "4") == 0
+    (again / "state.pt").unlink()
+    policy = softcot.load_policy(softcot.Config(device="cpu", dtype="fp32"), str(tiny_folder))
+
+    def stop_after_three(*arguments, real=softcot.log_step, **named):
+        real(*arguments, **named)
+        if arguments[1]["step"] == 4:  # in the middle of a step that will be done again
+            raise KeyboardInterrupt
+
+    cut = tmp_path / "cut"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softcot, "log_step", stop_after_three)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_run(tiny_folder, cut, "--cot", cot, "--steps", "6")
+    assert len(read_lines(cut / "metrics.jsonl")) == 4
+    assert tiny_run(tiny_folder, cut, "--cot", cot, "--steps", "6", "--resume") == 0
+
+    for other in (again, cut):
+        for ours, theirs in zip(read_lines(whole / "metrics.jsonl"), read_lines(other / "metrics.jsonl"), strict=True):
+            for key in set(ours) - set(TIMES):
+                assert ours[key] == theirs[key], key
+        assert (whole / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+        a, b = (softcot.load_policy(softcot.Config(device="cpu", dtype="fp32"), str(o / "model")) for o in (whole, other))
+        for (name, ours), theirs in zip(a.model.named_parameters(), b.model.parameters()):
+            assert torch.equal(ours, theirs), name
+    trained = torch.load(whole / "state.pt", weights_only=True)["model"]
+    resumed = torch.load(cut / "state.pt", weights_only=True)["model"]
+    assert all(torch.equal(trained[key], resumed[key]) for key in trained)
+    moved = [not torch.equal(v, trained[n]) for n, v in policy.model.state_dict().items()]
+    assert any(moved)
+
+
+def one_line_error(capsys, arguments):
+    """The one line that a wrong call prints; asserts exit status 2 and nothing more."""
+    capsys.readouterr()
+    assert softcot.main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("softcot.py: error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("--colour red", "--colour"),
+        ("--step 3", "--step"),  # no abbreviations
+        ("--steps three", "--steps"),
+        ("--steps", "--steps"),
+        ("--cot loud", "--cot"),
+        ("--dtype fp8", "--dtype"),
+        ("--task chess", "--task chess"),
+        ("--task gsm8k", "--model"),
+        ("--samples 1", "--samples 1"),
+        ("--steps 0", "--steps 0"),
+        ("--micro-batch 0", "--micro-batch 0"),
+        ("--lr -1", "--lr -1"),
+        ("--lr nan", "--lr nan"),
+        ("--tau 0", "--tau 0"),
+        ("--sigma-scale 0", "--sigma-scale 0"),
+        ("--cot hard --sigma-scale 0.3", "--sigma-scale 0.3"),
+        ("--eval-settings soft_loud", "soft_loud"),
+        ("--eval-settings hard_greedy --eval-k 8", "--eval-k 8"),
+        ("--eval-only --resume", "--resume"),
+        ("--eval-only --eval-limit 0", "--eval-limit 0"),
+        ("--resume --out-dir OUT", "--resume"),
+        ("--model NOWHERE --out-dir OUT", "--model"),
+        ("--model EMPTY --out-dir OUT", "--model"),
+        ("--model UNTOKENIZED --out-dir OUT", "tokenizer"),
+        ("--model TINY --task gsm8k --data-dir NOWHERE --out-dir OUT", "there is no file"),
+        ("--model TINY --task gsm8k --data-dir BROKEN --out-dir OUT", "line 2"),
+        ("--model TINY --task gsm8k --data-dir LISTS --out-dir OUT", "line 1"),
+        ("--model TINY --task gsm8k --data-dir FIELDS --out-dir OUT", "question"),
+        ("--model TINY --task gsm8k --data-dir BLANK --out-dir OUT", "empty"),
+        ("--device abacus --model TINY --out-dir OUT", "--device abacus"),
+        ("--out-dir FILE --model TINY", "--out-dir"),
+    ],
+)
+def test_a_mistake_gets_one_line_that_names_it(arguments, says, capsys, tmp_path, tiny_folder):
+    good = json.dumps({"question": "1+1?", "answer": "#### 2"})
+    contents = {"BROKEN": good + "\n{oops\n", "LISTS": "[1]\n", "FIELDS": '{"a": 1}\n', "BLANK": ""}
+    for name, text in contents.items():
+        (tmp_path / name / "gsm8k").mkdir(parents=True)
+        for split in ("train", "test"):
+            (tmp_path / name / "gsm8k" / f"{split}.jsonl").write_text(text)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("not a folder")
+    (tmp_path / "UNTOKENIZED").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "UNTOKENIZED" / name).write_bytes((tiny_folder / name).read_bytes())
+    for name in ("NOWHERE", "EMPTY", "UNTOKENIZED", "FILE", "OUT", *contents):
+        arguments = arguments.replace(name, str(tmp_path / name))
+    line = one_line_error(capsys, arguments.replace("TINY", str(tiny_folder)).split())
+    assert says in line
+
+
+def test_a_resumed_run_may_not_change_its_settings(tiny_folder, tmp_path, capsys):
+    assert tiny_run(tiny_folder, tmp_path / "run", "--steps", "2", "--eval-limit", "0") == 0
+    small = "--prompts 2 --samples 4 --eval-limit 0 --eval-k 2 --warmup 2 --lr 2e-3 --steps 2"
+    line = one_line_error(
+        capsys,
+        ["--model", str(tiny_folder), "--out-dir", str(tmp_path / "run"), "--resume", *small.split()],
+    )
+    assert "--lr" in line and "--steps" not in line
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        softcot.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for field in dataclasses.fields(softcot.Config):
+        assert softcot.flag(field.name) in text and field.metadata["help"].split()[0] in text
+
+
+def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model(tmp_path):
+    """The whole program as a user starts it, with fewer steps and problems to save time."""
+    command = [sys.executable, str(HERE / "softcot.py"), "--steps", "60", "--eval-limit", "96"]
+    command += ["--eval-k", "4", "--eval-settings", "hard_greedy", "hard_sample", "soft_sample"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "toy-soft-s0"
+    last = done.stdout.strip().splitlines()[-1]
+    assert "hard_greedy pass@1" in last and "runs/toy-soft-s0" in last
+    assert "--tau 0.5 --sigma-scale 0.33" in done.stdout
+
+    scores = {(r["setting"], r["stage"]): r for r in softcot.read_json(out / "eval.json")}
+    before, after = scores["hard_greedy", "base"], scores["hard_greedy", "trained"]
+    assert after["k"]["1"] >= before["k"]["1"] + 0.10
+    assert after["cot_len"] > before["cot_len"] + 0.5
+    assert scores["soft_sample", "trained"]["k"].keys() == {"1", "2", "4"}
+    rows = read_lines(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    wanted = "reward success mixed_groups cot_len stop_rate cot_entropy loss grad_norm lr".split()
+    assert all(math.isfinite(row[key]) for row in rows for key in (*wanted, *TIMES))
+    assert max(row["logp_gap"] for row in rows) < 0.01
+    for name in ("config.json", "samples.jsonl", "curves.png", "pass_at_k.png", "state.pt"):
+        assert (out / name).stat().st_size > 100
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    right = 0
+    for row in toy_tasks.rows("test")[:40]:
+        ids = tokenizer(row["question"], return_tensors="pt").input_ids
+        new = model.generate(ids, do_sample=False, max_new_tokens=16)
+        text = tokenizer.decode(new[0], skip_special_tokens=True)
+        right += text.endswith(f"The final answer is: \\boxed{{{row['answer']}}}")
+    assert right / 40 > before["k"]["1"]
