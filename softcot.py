@@ -195,6 +195,10 @@ class Config:
             not (self.eval_only and self.resume),
             "--resume continues training, --eval-only trains nothing: leave one out",
         )
+        require(
+            not (self.eval_only and self.eval_limit == 0),
+            "--eval-limit 0 skips all evaluation, and --eval-only does nothing else: leave one out",
+        )
         sampled = [name for name in self.eval_settings if not SETTINGS[name].deterministic]
         require(
             sampled or (self.eval_k or 1) == 1,
@@ -216,6 +220,11 @@ def filled(config: Config) -> tuple[Config, str]:
     """
     task = TASKS[config.task]
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} can't be used here ({reason}); leave it out") from None
     mode = SETTINGS[f"{config.cot}_sample"]
     defaults = {
         **task.defaults,
@@ -315,7 +324,7 @@ def reward(answer: str, gold: str, equal: Callable[[str, str], bool]) -> float:
 
 def gsm8k_gold(row: dict) -> str:
     """The gold answer of a GSM8K row: what follows `####`."""
-    return row["answer"].split("####")[-1].strip()
+    return str(row["answer"]).split("####")[-1].strip()
 
 
 TASKS = {
@@ -336,7 +345,7 @@ TASKS = {
         equal=same_number,
         prompt=PROMPT,
         validation=128,
-        defaults=PAPER_STEP | dict(max_cot=128, eval_limit=1319),
+        defaults=PAPER_STEP | dict(max_cot=128, eval_limit=128),
     ),
 }
 
@@ -345,13 +354,13 @@ def read_jsonl(path: Path) -> list[dict]:
     """The objects of a .jsonl file; UserError names the line that is not one."""
     require(path.is_file(), f"--data-dir: there is no file {path}")
     rows = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
                 raise UserError(f"{path} line {number} is not JSON: {error}") from None
             require(isinstance(rows[-1], dict), f"{path} line {number} is not a JSON object")
     return rows
@@ -386,6 +395,8 @@ def load_problems(config: Config, split: str) -> list[Problem]:
             question, gold = task.question(row), task.gold(row)
         except KeyError as error:
             raise UserError(f"{config.task} {split}: row {i + 1} has no field {error}") from None
+        texts = isinstance(question, str) and isinstance(gold, str)
+        require(texts, f"{config.task} {split}: row {i + 1}: question and answer must be texts")
         problems.append(Problem(i, task.prompt.replace("QUESTION", question), gold))
     if split != "test":
         order = np.random.default_rng(0).permutation(len(problems))
@@ -433,6 +444,12 @@ class Policy:
         """Embeddings [..., D] of token ids [...]."""
         return self.model.get_input_embeddings()(ids)
 
+    def ends(self, tokens: Tensor) -> Tensor:
+        """Which of the tokens [N] end the text; some models have several that do: [N] bool."""
+        ids = self.model.generation_config.eos_token_id
+        ids = {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
+        return torch.isin(tokens, torch.tensor([i for i in ids if i is not None]).to(tokens))
+
     def tokenize(self, texts: list[str], special: bool = True) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
         batch = self.tokenizer(
@@ -463,12 +480,13 @@ def load_policy(config: Config, source: str) -> Policy:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left")
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # no such model, half a download, wrong sizes: the same advice helps
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
             f"--model {source}: could not be loaded ({reason}); give a hub id, or a folder with"
             " config.json, weights and tokenizer"
         ) from None
+    require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
@@ -690,7 +708,7 @@ def think(decoder, logits, setting, E, sigma, eps, u) -> dict:
         x, token, logp = next_input(logits, setting, E, sigma, noise, u[:, t])
         columns.append((token, x, alive, logp, entropy(logits)))
         logits = decoder.feed(alive[:, None], inputs_embeds=x[:, None])
-        ended = token == policy.tokenizer.eos_token_id
+        ended = policy.ends(token)
         for n in alive.nonzero().flatten().tolist():
             piece = policy.piece(token[n].item())
             texts[n] += piece
@@ -700,7 +718,9 @@ def think(decoder, logits, setting, E, sigma, eps, u) -> dict:
             break
     ids, inputs, mask, logp, H = (torch.stack(c, dim=1) for c in zip(*columns))
     cot = dict(cot_ids=ids, cot_inputs=None if setting.hard else inputs, cot_mask=mask)
-    cot |= dict(cot_logp=logp * mask, cot_entropy=H * mask, cots=texts, stopped=stopped)
+    # Not `texts`: a character may be made of several tokens, which only read well together.
+    cots = [policy.decode(row[kept]) for row, kept in zip(ids, mask)]
+    cot |= dict(cot_logp=logp * mask, cot_entropy=H * mask, cots=cots, stopped=stopped)
     return cot
 
 
@@ -723,7 +743,7 @@ def give_answer(decoder, cot, tau, u) -> dict:
         token = sample_token(logits, tau, u[:, a])
         logp = categorical_logp(token, logits, tau) if tau else torch.zeros(N, device=u.device)
         columns.append((token, alive, logp))
-        ended = token == policy.tokenizer.eos_token_id
+        ended = policy.ends(token)
         for n in alive.nonzero().flatten().tolist():
             texts[n] += policy.piece(token[n].item())
             ended[n] |= boxed(texts[n]) is not None
@@ -732,7 +752,8 @@ def give_answer(decoder, cot, tau, u) -> dict:
             break
         logits = decoder.feed(alive[:, None], input_ids=token[:, None])
     ids, mask, logp = (torch.stack(c, dim=1) for c in zip(*columns))
-    answer = dict(answer_ids=ids, answer_mask=mask, answer_logp=logp * mask, answers=texts)
+    answers = [policy.decode(row[kept]) for row, kept in zip(ids, mask)]
+    answer = dict(answer_ids=ids, answer_mask=mask, answer_logp=logp * mask, answers=answers)
     return answer | dict(prefill_ids=prefill_ids, prefill_mask=prefill_mask)
 
 
@@ -1136,7 +1157,10 @@ def prepare(config: Config) -> Path:
         old = read_json(out / "config.json")
         changed = [flag(k) for k in new if k not in FREE_TO_CHANGE and new[k] != old.get(k)]
         require(not changed, f"--resume: {out} was started with other values of {' '.join(changed)}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out-dir {out}: no folder can be made there ({error.strerror})") from None
     if not config.resume and not config.eval_only:
         for name in ("metrics.jsonl", "samples.jsonl", "eval.json", "state.pt"):
             (out / name).unlink(missing_ok=True)
