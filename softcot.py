@@ -236,6 +236,8 @@ def filled(config: Config) -> tuple[Config, str]:
         "dtype": "fp32" if device == "cpu" else "bf16-mixed",
         "threads": torch.get_num_threads(),
     }
+    if all(SETTINGS[name].deterministic for name in config.eval_settings):
+        defaults["eval_k"] = 1
     new = {k: v for k, v in defaults.items() if getattr(config, k) is None and v is not None}
     text = " ".join(f"{flag(k)} {v}" for k, v in new.items())
     return dataclasses.replace(config, **new), f"filled in: {text}"

@@ -735,6 +735,17 @@ def test_a_resumed_run_may_not_change_its_settings(tiny_folder, tmp_path, capsys
     assert "--lr" in line and "--steps" not in line
 
 
+def test_evaluation_alone_runs_what_was_asked_for_and_touches_nothing_else(tiny_folder, tmp_path):
+    arguments = f"--eval-only --model {tiny_folder} --out-dir {tmp_path} --eval-limit 5".split()
+    assert softcot.main([*arguments, "--eval-settings", "hard_greedy", "soft_greedy"]) == 0
+    assert softcot.main([*arguments, "--eval-settings", "fuzzy_sample", "--eval-k", "3"]) == 0
+    records = softcot.read_json(tmp_path / "eval.json")
+    assert [r["setting"] for r in records] == ["hard_greedy", "soft_greedy", "fuzzy_sample"]
+    assert [(r["n"], list(r["k"])) for r in records] == [(1, ["1"]), (1, ["1"]), (3, ["1", "2", "3"])]
+    assert {(r["stage"], r["task"], r["problems"]) for r in records} == {("base", "toy", 5)}
+    assert [file.name for file in tmp_path.iterdir()] == ["eval.json"]
+
+
 def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         softcot.main(["--help"])
