@@ -30,7 +30,7 @@ Interpretations (the paper is silent or ambiguous) and deviations:
     5. An answer ends where its box closes (or at end of text): what follows cannot change the reward.
     6. The gradient norm is clipped to 1, AdamW has no weight decay, and rows whose advantage is 0
        are left out of the backward pass, which changes no gradient.
-    7. GSM8K answers are compared as numbers.
+    7. GSM8K answers are compared as numbers, those of other data sets by Math-Verify.
 
 Sections: 1 settings  2 config  3 tasks, answers, rewards  4 policy  5 soft tokens  6 rollout
           7 log-probabilities, advantages, loss  8 evaluation  9 files and figures  10 training  11 main
@@ -40,10 +40,13 @@ Sections: 1 settings  2 config  3 tasks, answers, rewards  4 policy  5 soft toke
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import os
 import re
+import select
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -63,7 +66,7 @@ import toy_tasks
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
 CHECKPOINTS = 20  # validations and saved states in a run
-FREE_TO_CHANGE = ("eval_settings", "eval_k", "eval_limit", "micro_batch", "threads", "device")
+FREE_TO_CHANGE = ("eval_tasks", "eval_settings", "eval_k", "eval_limit", "micro_batch", "threads", "device")
 
 
 class UserError(Exception):
@@ -134,7 +137,7 @@ class Config:
     """Everything that a run depends on; a field that is None takes the default of its task or mode."""
 
     model: Optional[str] = option(None, "hub id or folder of a causal language model (default: toy)")
-    task: str = option("toy", "toy | gsm8k")
+    task: str = option("toy", "toy | gsm8k | math | deepscaler | a .jsonl file with question, answer")
     cot: Literal["soft", "fuzzy", "hard"] = option("soft", "what the CoT is made of in training")
     steps: Optional[int] = option(None, "gradient steps, one rollout each")
     prompts: Optional[int] = option(None, "B: prompts a step")
@@ -151,6 +154,10 @@ class Config:
     data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
     resume: bool = option(False, "continue the run in --out-dir from its last saved state")
     eval_only: bool = option(False, "evaluate --model, train nothing")
+    eval_tasks: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "what to evaluate on, also math500 olympiadbench hellaswag mmlu arc"},
+    )
     eval_settings: list[str] = dataclasses.field(
         default_factory=lambda: list(SETTINGS),
         metadata={"help": f"settings to evaluate: {' '.join(SETTINGS)}"},
@@ -177,7 +184,15 @@ class Config:
             require(ok, f"{flag(name)} {value} is not usable: give a positive number")
         few = self.samples is not None and self.samples < 2
         require(not few, f"--samples {self.samples} is too small: leave-one-out needs at least 2")
-        require(self.task in TASKS, f"--task {self.task} is unknown: choose from {', '.join(TASKS)}")
+        for name, where in [(self.task, "--task"), *((t, "--eval-tasks") for t in self.eval_tasks)]:
+            names = [*TASKS, *(CHOICES if where == "--eval-tasks" else ())]
+            known = name in names or name.endswith(".jsonl")
+            choices = f"choose from {', '.join(names)}, or give a .jsonl file"
+            require(known, f"{where} {name} is unknown: {choices}")
+        require(
+            self.eval_only or task_named(self.task).train,
+            f"--task {self.task} has no training problems: add --eval-only, or name another task",
+        )
         require(
             self.cot != "hard" or self.sigma_scale is None,
             f"--sigma-scale {self.sigma_scale} has no use with --cot hard: leave it out",
@@ -218,7 +233,7 @@ def filled(config: Config) -> tuple[Config, str]:
     The task gives lengths, steps, batch and learning rate, --cot gives tau and sigma_scale, the
     machine gives dtype and device.
     """
-    task = TASKS[config.task]
+    task = task_named(config.task)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -231,14 +246,15 @@ def filled(config: Config) -> tuple[Config, str]:
         "lr": task.learning_rate(config),
         "tau": mode.tau,
         "sigma_scale": mode.noise or None,
-        "out_dir": f"runs/{config.task}-{config.cot}-s{config.seed}",
+        "eval_tasks": [task.test_on or config.task],
+        "out_dir": f"runs/{Path(config.task).stem}-{config.cot}-s{config.seed}",
         "device": device,
         "dtype": "fp32" if device == "cpu" else "bf16-mixed",
         "threads": torch.get_num_threads(),
     }
     if all(SETTINGS[name].deterministic for name in config.eval_settings):
         defaults["eval_k"] = 1
-    new = {k: v for k, v in defaults.items() if getattr(config, k) is None and v is not None}
+    new = {k: v for k, v in defaults.items() if getattr(config, k) in (None, []) and v is not None}
     text = " ".join(f"{flag(k)} {v}" for k, v in new.items())
     return dataclasses.replace(config, **new), f"filled in: {text}"
 
@@ -264,19 +280,22 @@ class Problem:
     id: int
     prompt: str
     gold: str
+    equal: Callable[[str, str], bool]  # whether an answer equals a gold answer
 
 
 @dataclass(frozen=True)
 class Task:
     """Where questions come from, what the gold answer is, how answers compare, and the defaults."""
 
-    hub: tuple[str, ...]  # dataset id and configuration on the Hugging Face hub
-    question: Callable[[dict], str]
+    hub: tuple[str, ...]  # data set and its configurations on the Hugging Face hub
+    train: Optional[str]  # the hub's name of the split to train on; None: only for evaluation
+    test: Optional[str]  # the same for testing; None: problems are held out of train
     gold: Callable[[dict], str]
-    equal: Callable[[str, str], bool]
-    prompt: str
-    validation: int  # problems held out of the training split, to choose the checkpoint
     defaults: dict  # of Config's fields
+    equal: Callable[[str, str], bool]
+    question: str = "problem"  # name of the field
+    prompt: str = PROMPT
+    test_on: Optional[str] = None  # the task whose test problems are meant, if not its own
 
     def learning_rate(self, config: Config) -> float:
         """The paper's rate for the paper's models, else that of the task."""
@@ -292,16 +311,77 @@ PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512}
 
 
 def parse_number(text: str) -> Optional[float]:
-    """The number that an answer states, or None: `$1,200.00` -> 1200.0, `18 apples` -> 18.0."""
-    text = text.replace(",", "").replace("\\$", "").replace("$", "").replace("\\%", "")
-    found = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)", text)
-    return float(found[0]) if len(found) == 1 else None
+    """The number that an answer states, or None: `\\$1,200.00` -> 1200.0, `18 apples` -> 18.0."""
+    text = re.sub(r"(?<=[0-9])(,|\{,\}|\\!|,\\!)(?=[0-9]{3})", "", text).replace("\u2212", "-")
+    found = re.findall(r"[-+]?\$?(?:[0-9]+\.?[0-9]*|\.[0-9]+)", text.replace("\\$", "$"))
+    return float(found[0].replace("$", "")) if len(found) == 1 else None
 
 
 def same_number(answer: str, gold: str) -> bool:
     """Whether two answers state the same number."""
     a, b = parse_number(answer), parse_number(gold)
     return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def judge() -> None:
+    """What the grading process does: for each line [answer, gold] print whether they are equal.
+
+    It runs as a program of its own (see Grader), hence the imports here.
+    """
+    import json, logging, resource, sys
+
+    from math_verify import parse, verify
+
+    logging.disable(logging.CRITICAL)
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes; 9^9^9^9 wants more
+    print("ready", flush=True)
+    for line in sys.stdin:
+        try:
+            answer, gold = json.loads(line)
+            gold, _, tolerance = gold.partition(" within ")
+            a, g = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in (answer, gold))
+            equal = verify(g, a, timeout_seconds=None)
+            if tolerance and not equal:
+                equal = abs(float(a[0]) - float(g[0])) <= float(tolerance)
+        except Exception:  # what cannot be read is not the answer
+            equal = False
+        print(json.dumps(bool(equal)), flush=True)
+
+
+class Grader:
+    """Math-Verify in a process that is killed when it takes too long: no answer can hang a run."""
+
+    def __init__(self, limit: float = 5.0):
+        """limit: seconds that one comparison may take."""
+        self.limit, self.timeouts, self.process = limit, 0, None
+
+    def start(self) -> None:
+        """Start the process; UserError if it can't run."""
+        command = [sys.executable, "-c", inspect.getsource(judge) + "\njudge()"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, text=True, **pipes)
+        ready = self.process.stdout.readline()
+        require(ready, "the grader does not start: pip install -r requirements.txt")
+
+    def equal(self, answer: str, gold: str) -> bool:
+        """Whether two LaTeX answers are equal; False, and counted, if that can't be told in time."""
+        answer = answer.strip().removesuffix(".")
+        if answer == gold.strip():
+            return True
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        self.process.stdin.write(json.dumps([answer, gold]) + "\n")
+        self.process.stdin.flush()
+        in_time = select.select([self.process.stdout], [], [], self.limit)[0]
+        verdict = self.process.stdout.readline() if in_time else ""
+        if not verdict:  # too slow, or dead
+            self.process.kill()
+            self.process.communicate()
+            self.process, self.timeouts = None, self.timeouts + 1
+        return verdict == "true\n"
+
+
+GRADER = Grader()
 
 
 def boxed(text: str) -> Optional[str]:
@@ -324,37 +404,96 @@ def reward(answer: str, gold: str, equal: Callable[[str, str], bool]) -> float:
     return 0.0 if inside is None else 100.0 if equal(inside, gold) else 10.0
 
 
-def gsm8k_gold(row: dict) -> str:
-    """The gold answer of a GSM8K row: what follows `####`."""
+def plain_gold(row: dict) -> str:
+    """The gold answer in the field `answer`; in GSM8K it follows a worked solution and `####`."""
     return str(row["answer"]).split("####")[-1].strip()
 
 
+def math_gold(row: dict) -> str:
+    """The gold answer of MATH: the field `answer`, or the last box of the field `solution`."""
+    if "answer" in row:
+        return plain_gold(row)
+    _, found, after = row["solution"].rpartition(BOX)
+    return (boxed(after) or "").strip() if found else ""
+
+
+def olympiad_gold(row: dict) -> str:
+    """The gold answer of OlympiadBench: `$69$,$84$` -> `69,84`; one has an error: `4.2 within 1e-1`."""
+    answers = row["final_answer"] if "final_answer" in row else row["answer"]
+    tolerance = f" within {row['error']}" if row.get("error") else ""
+    return ",".join(answers).replace("$", "").strip() + tolerance
+
+
+VALIDATION = 128  # problems held out of a training split to choose the checkpoint
+SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory"
+SUBJECTS += " prealgebra precalculus"
+TOY_STEP = dict(steps=100, prompts=32, samples=32, max_cot=9, max_answer=3, lr=5e-5)
+TOY_STEP |= dict(eval_max_cot=9, eval_k=32, eval_limit=128, micro_batch=1024)
+SHORT, LONG = PAPER_STEP | {"max_cot": 128}, PAPER_STEP | {"max_cot": 512}
+
 TASKS = {
-    "toy": Task(
-        hub=(),
-        question=lambda row: row["question"],
-        gold=lambda row: row["answer"],
-        equal=same_number,
-        prompt="QUESTION",
-        validation=128,
-        defaults=dict(steps=100, prompts=32, samples=32, max_cot=9, max_answer=3, lr=5e-5)
-        | dict(eval_max_cot=9, eval_k=32, eval_limit=128, micro_batch=1024),
-    ),
+    "toy": Task((), "train", "test", plain_gold, TOY_STEP, same_number, "question", "QUESTION"),
     "gsm8k": Task(
-        hub=("openai/gsm8k", "main"),
-        question=lambda row: row["question"],
-        gold=gsm8k_gold,
-        equal=same_number,
-        prompt=PROMPT,
-        validation=128,
-        defaults=PAPER_STEP | dict(max_cot=128, eval_limit=128),
+        ("openai/gsm8k", "main"), "train", "test", plain_gold, SHORT, same_number, "question"
+    ),
+    "math": Task(
+        ("EleutherAI/hendrycks_math", *SUBJECTS.split()),
+        "train", "test", math_gold, LONG, GRADER.equal, test_on="math500",
+    ),  # fmt: skip
+    "deepscaler": Task(
+        ("agentica-org/DeepScaleR-Preview-Dataset",),
+        "train", None, plain_gold, LONG, GRADER.equal, test_on="math500",
+    ),  # fmt: skip
+    "math500": Task(
+        ("HuggingFaceH4/MATH-500",), None, "test", plain_gold, LONG, GRADER.equal
+    ),
+    "olympiadbench": Task(
+        ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP"),
+        None, "train", olympiad_gold, LONG, GRADER.equal,
+    ),  # fmt: skip
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A multiple-choice set: where it is, and a row's question, options and index of the right one."""
+
+    hub: tuple[str, ...]
+    test: str  # the hub's name of the split, and that of the local file
+    read: Callable[[dict], tuple[str, list[str], int]]
+
+
+CHOICES = {  # out of domain: only for evaluation
+    "hellaswag": Choice(
+        ("Rowan/hellaswag",),
+        "validation",
+        lambda row: (row["ctx"], row["endings"], int(row["label"])),
+    ),
+    "mmlu": Choice(
+        ("cais/mmlu", "all"),
+        "test",
+        lambda row: (f"Question: {row['question']}\nAnswer:", row["choices"], int(row["answer"])),
+    ),
+    "arc": Choice(
+        ("allenai/ai2_arc", "ARC-Challenge"),
+        "test",
+        lambda row: (
+            f"Question: {row['question']}\nAnswer:",
+            row["choices"]["text"],
+            row["choices"]["label"].index(row["answerKey"]),
+        ),
     ),
 }
 
 
+def task_named(name: str) -> Task:
+    """A task of the table, or that of the user's own .jsonl file."""
+    return TASKS[name] if name in TASKS else Task((), "train", None, plain_gold, SHORT, GRADER.equal)
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a .jsonl file; UserError names the line that is not one."""
-    require(path.is_file(), f"--data-dir: there is no file {path}")
+    require(path.is_file(), f"there is no file {path}")
     rows = []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -368,44 +507,61 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
-def read_rows(config: Config, split: str) -> list[dict]:
-    """The rows of a task's split: built in (toy), from --data-dir, or from the hub."""
-    if config.task == "toy":
+def read_rows(config: Config, name: str, split: str) -> list[dict]:
+    """The rows of a task's "train" or "test" split: toy, own file, --data-dir, or the hub."""
+    if name == "toy":
         return toy_tasks.rows(split)
+    if name.endswith(".jsonl"):
+        return read_jsonl(Path(name))
     if config.data_dir:
-        return read_jsonl(Path(config.data_dir) / config.task / f"{split}.jsonl")
+        return read_jsonl(Path(config.data_dir) / name / f"{split}.jsonl")
     import datasets  # only here: the toy and local files do without it
 
-    hub = TASKS[config.task].hub
+    task = CHOICES.get(name) or TASKS[name]
+    hub, *parts = task.hub
+    hub_split = task.test if split != "train" else task.train
     try:
-        return list(datasets.load_dataset(*hub, split=split))
+        loaded = [datasets.load_dataset(hub, part, split=hub_split) for part in parts or [None]]
     except Exception as error:  # no network, wrong cache, no such set: the same advice helps
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--task {config.task}: could not load {'/'.join(hub)} ({reason}); with --data-dir DIR"
-            f" it is read from DIR/{config.task}/{split}.jsonl"
+            f"{name}: could not load {hub} from the hub ({reason}); with --data-dir DIR it is read"
+            f" from DIR/{name}/{split}.jsonl"
         ) from None
+    return [row for rows in loaded for row in rows]
 
 
-def load_problems(config: Config, split: str) -> list[Problem]:
-    """The problems of "train", "validation" (held out of train, always the same) or "test"."""
-    task = TASKS[config.task]
-    rows = read_rows(config, "test" if split == "test" else "train")
-    problems = []
+def load_problems(config: Config, name: str, split: str) -> list[Problem]:
+    """The "train", "validation" or "test" problems of a task; says how many, and how many it skips.
+
+    Validation problems (and test problems, where the task has no test split) are held out of the
+    training split, always the same ones. Repeated questions and rows without an answer are skipped.
+    """
+    task = task_named(name)
+    whole = "test" if split == "test" and task.test else "train"
+    rows, problems, seen, answerless = read_rows(config, name, whole), [], set(), 0
     for i, row in enumerate(rows):
+        question = row.get(task.question, row.get("question"))
+        ok = isinstance(question, str)
+        require(ok, f"{name} {whole}: row {i + 1} has no text in its field {task.question}")
         try:
-            question, gold = task.question(row), task.gold(row)
-        except KeyError as error:
-            raise UserError(f"{config.task} {split}: row {i + 1} has no field {error}") from None
-        texts = isinstance(question, str) and isinstance(gold, str)
-        require(texts, f"{config.task} {split}: row {i + 1}: question and answer must be texts")
-        problems.append(Problem(i, task.prompt.replace("QUESTION", question), gold))
-    if split != "test":
+            gold = task.gold(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{name} {whole}: row {i + 1} has no readable answer ({error})") from None
+        if gold and question not in seen:
+            prompt = task.prompt.replace("QUESTION", question)
+            problems.append(Problem(i, prompt, gold, task.equal))
+        answerless += not gold
+        seen.add(question)
+    skipped = f"{answerless} without an answer, {len(rows) - len(seen)} repeated"
+    if whole == "train":
         order = np.random.default_rng(0).permutation(len(problems))
-        held_out = min(task.validation, len(problems) // 10)
-        chosen = order[:held_out] if split == "validation" else order[held_out:]
-        problems = [problems[i] for i in chosen]
-    require(problems, f"{config.task}: the {split} split is empty")
+        few = min(VALIDATION, len(problems) // 10)
+        first = few if task.test else 2 * few  # where training problems begin
+        parts = {"validation": order[:few], "test": order[few:first], "train": order[first:]}
+        problems = [problems[i] for i in parts[split]]
+    require(problems, f"{name}: the {split} split is empty")
+    print(f"{name} {split}: {len(problems)} problems of {len(rows)} rows; skipped: {skipped}")
     return problems
 
 
@@ -452,10 +608,12 @@ class Policy:
         ids = {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
         return torch.isin(tokens, torch.tensor([i for i in ids if i is not None]).to(tokens))
 
-    def tokenize(self, texts: list[str], special: bool = True) -> tuple[Tensor, Tensor]:
-        """Left-padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
+    def tokenize(
+        self, texts: list[str], special: bool = True, pad: str = "left"
+    ) -> tuple[Tensor, Tensor]:
+        """Padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
         batch = self.tokenizer(
-            texts, padding=True, return_tensors="pt", add_special_tokens=special
+            texts, padding=True, padding_side=pad, return_tensors="pt", add_special_tokens=special
         ).to(self.device)
         return batch.input_ids, batch.attention_mask.bool()
 
@@ -841,11 +999,11 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def rewards_of(r: Rollout, problems: list[Problem], equal: Callable) -> np.ndarray:
+def rewards_of(r: Rollout, problems: list[Problem]) -> np.ndarray:
     """Rewards [B, G] of the rows of a rollout on B problems."""
     G = len(r.answers) // len(problems)
-    golds = [problem.gold for problem in problems for _ in range(G)]
-    values = [reward(answer, gold, equal) for answer, gold in zip(r.answers, golds)]
+    repeated = [problem for problem in problems for _ in range(G)]
+    values = [reward(a, problem.gold, problem.equal) for a, problem in zip(r.answers, repeated)]
     return np.array(values).reshape(len(problems), G)
 
 
@@ -853,6 +1011,9 @@ def evaluate(
     policy: Policy, problems: list[Problem], setting: Setting, config: Config, n: int, label: str = ""
 ) -> dict:
     """pass@1, 2, 4, ... n of a setting with n samples a problem and greedy answers; no gradient.
+
+    k_error: standard error of each pass@k over the problems. entropy_by_position: mean over the
+    CoTs that got there, in nats (the paper's Figure 4).
 
     A deterministic setting is run once a problem. Problems go in order of length, so that a batch
     has little padding; each sample's noise depends on (seed, problem, sample) alone.
@@ -862,43 +1023,100 @@ def evaluate(
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
     size = max(1, rows // n)
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    counts, lengths, stops, entropies = [], [], [], []
+    counts, lengths, stops = [], [], []
+    H, columns = np.zeros(config.eval_max_cot), np.zeros(config.eval_max_cot)  # sums by position
     for batch in tqdm(batches, desc=label, leave=False, disable=not label):
         seeds = [row_seed(config.seed, 1, problem.id, g) for problem in batch for g in range(n)]
         prompts = [problem.prompt for problem in batch]
         r = rollout(policy, prompts, seeds, setting, config.eval_max_cot, config.max_answer, 0.0)
-        rewards = rewards_of(r, batch, TASKS[config.task].equal)
+        rewards = rewards_of(r, batch)
         counts += (rewards == 100).sum(axis=1).tolist()
         lengths += r.cot_mask.sum(1).tolist()
         stops += r.stopped
-        entropies += r.cot_entropy[r.cot_mask].tolist()
+        H[: r.cot_mask.shape[1]] += r.cot_entropy.sum(0).cpu().numpy()  # 0 outside the mask
+        columns[: r.cot_mask.shape[1]] += r.cot_mask.sum(0).cpu().numpy()
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
+    passed = {str(k): [pass_at_k(n, c, k) for c in counts] for k in ks}
+    reached = columns > 0
     return {
         "n": n,
         "problems": len(problems),
-        "k": {str(k): float(np.mean([pass_at_k(n, c, k) for c in counts])) for k in ks},
-        "cot_entropy": float(np.mean(entropies)),
+        "k": {k: float(np.mean(values)) for k, values in passed.items()},
+        "k_error": {k: float(np.std(v) / max(1, len(v) - 1) ** 0.5) for k, v in passed.items()},
+        "cot_entropy": float(H.sum() / columns.sum()),
+        "entropy_by_position": (H[reached] / columns[reached]).round(4).tolist(),
         "cot_len": float(np.mean(lengths)),
         "stop_rate": float(np.mean(stops)),
     }
 
 
+@torch.no_grad()
+def option_logp(policy: Policy, questions: list[str], options: list[str]) -> Tensor:
+    """Mean log-probability per token, in nats, of each option after its question: [rows].
+
+    Teacher-forced: column P-1+j, of the question's last token or of an option's, predicts token j.
+    """
+    ids, mask = policy.tokenize(questions)  # [rows, P]
+    option_ids, option_mask = policy.tokenize(options, special=False, pad="right")  # [rows, O]
+    P, O = ids.shape[1], option_ids.shape[1]
+    mask = torch.cat([mask, option_mask], dim=1)
+    with policy.arithmetic():
+        logits = policy.model(
+            input_ids=torch.cat([ids, option_ids], dim=1),
+            attention_mask=mask.long(),
+            position_ids=positions(mask),
+            use_cache=False,
+            logits_to_keep=torch.arange(P - 1, P + O - 1, device=policy.device),
+        ).logits  # [rows, O, V]
+    logp = categorical_logp(option_ids, logits, tau=1.0) * option_mask
+    return logp.sum(1) / option_mask.sum(1)
+
+
+def evaluate_choices(policy: Policy, name: str, config: Config) -> dict:
+    """Accuracy, and negative log-likelihood per token of the right option (the paper's Table 2).
+
+    The model's choice is the option with the highest log-probability per token.
+    """
+    rows = read_rows(config, name, CHOICES[name].test)[: config.eval_limit]
+    right, nll = [], []
+    for row in tqdm(rows, desc=name, leave=False):
+        question, options, answer = CHOICES[name].read(row)
+        logp = option_logp(policy, [question] * len(options), [" " + o for o in options])
+        right.append(logp.argmax().item() == answer)
+        nll.append(-logp[answer].item())
+    error = {"accuracy": np.std(right), "nll": np.std(nll)}
+    return {
+        "problems": len(rows),
+        "accuracy": float(np.mean(right)),
+        "nll": float(np.mean(nll)),
+        "error": {key: float(sd / max(1, len(rows) - 1) ** 0.5) for key, sd in error.items()},
+    }
+
+
 def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> list[dict]:
-    """Evaluate every setting of --eval-settings on the test split, print a table, append to path."""
+    """Evaluate every setting of --eval-settings on every task of --eval-tasks: table, and path."""
     table = settings_of(config)
-    problems = load_problems(config, "test")[: config.eval_limit]
-    print(f"\n{stage}: {len(problems)} test problems, {config.eval_k} samples of each")
-    print(f"{'setting':14} {'pass@1':>7} {'pass@n':>7} {'n':>4} {'CoT len':>8} {'stop':>5} {'entropy':>8}")
     records = read_json(path) if path.exists() else []
-    for name in config.eval_settings:
-        scores = evaluate(policy, problems, table[name], config, config.eval_k, name)
-        records.append({"stage": stage, "task": config.task, "setting": name, **scores})
-        write_json(path, records)
-        n, ks = scores["n"], scores["k"]
-        print(
-            f"{name:14} {ks['1']:7.3f} {ks[str(n)]:7.3f} {n:4d} {scores['cot_len']:8.1f}"
-            f" {scores['stop_rate']:5.2f} {scores['cot_entropy']:8.3f}"
-        )
+    for task in config.eval_tasks:
+        if task in CHOICES:
+            scores = evaluate_choices(policy, task, config)
+            records.append({"stage": stage, "task": task, "setting": "teacher_forced", **scores})
+            write_json(path, records)
+            line = "{problems} {task} problems, accuracy {accuracy:.3f}, {nll:.3f} nats per token"
+            print(f"\n{stage}:", line.format(task=task, **scores), "of the right answer")
+            continue
+        problems = load_problems(config, task, "test")[: config.eval_limit]
+        print(f"\n{stage}: {len(problems)} {task} problems, {config.eval_k} samples of each")
+        print("setting         pass@1  pass@n    n  CoT len  stop  entropy")
+        for name in config.eval_settings:
+            scores = evaluate(policy, problems, table[name], config, config.eval_k, name)
+            records.append({"stage": stage, "task": task, "setting": name, **scores})
+            write_json(path, records)
+            n, ks = scores["n"], scores["k"]
+            print(
+                f"{name:14} {ks['1']:7.3f} {ks[str(n)]:7.3f} {n:4d} {scores['cot_len']:8.1f}"
+                f" {scores['stop_rate']:5.2f} {scores['cot_entropy']:8.3f}"
+            )
     return records
 
 
@@ -977,10 +1195,11 @@ def plot_curves(out: Path, cot: str) -> None:
     figure.savefig(out / "curves.png", dpi=110)
 
 
-def plot_pass_at_k(out: Path, cot: str) -> None:
+def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
     """pass_at_k.png from eval.json: pass@k of the sampled settings, before and after training."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    latest = {(row["setting"], row["stage"]): row["k"] for row in read_json(out / "eval.json")}
+    rows = [row for row in read_json(out / "eval.json") if row["task"] == task]
+    latest = {(row["setting"], row["stage"]): row["k"] for row in rows}
     names = [name for name in SETTINGS if any(name == key[0] for key in latest)]
     sampled = [name for name in names if not SETTINGS[name].deterministic]
     if not sampled:
@@ -1000,7 +1219,7 @@ def plot_pass_at_k(out: Path, cot: str) -> None:
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set(title=name, xlabel="k", ylim=(0, 1.05))
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("pass@k on test problems")
+    figure.axes[0].set_ylabel(f"pass@k on {task} test problems")
     figure.savefig(out / "pass_at_k.png", dpi=110)
 
 
@@ -1035,7 +1254,7 @@ def train_step(
     ]
     prompts = [problem.prompt for problem in problems]
     r = rollout(policy, prompts, seeds, setting, config.max_cot, config.max_answer, 1.0)
-    rewards = rewards_of(r, problems, TASKS[config.task].equal)  # [B, G]
+    rewards = rewards_of(r, problems)  # [B, G]
     rolled = time.perf_counter()
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
@@ -1055,6 +1274,7 @@ def train_step(
         "mixed_groups": (rewards != rewards[:, :1]).any(axis=1).mean().item(),
         "cot_len": r.cot_mask.sum(1).float().mean().item(),
         "stop_rate": float(np.mean(r.stopped)),
+        "grader_timeouts": GRADER.timeouts,
         "cot_entropy": (r.cot_entropy.sum() / r.cot_mask.sum()).item(),
         **stats,
         "grad_norm": norm.item(),
@@ -1096,8 +1316,8 @@ def log_step(out: Path, metrics: dict, r: Rollout, rewards: np.ndarray, with_sam
 
 def train(policy: Policy, config: Config, out: Path) -> None:
     """The algorithm: for each step sample, reward, update; now and then validate and save."""
-    problems = load_problems(config, "train")
-    held_out = load_problems(config, "validation")[: config.eval_limit]
+    problems = load_problems(config, config.task, "train")
+    held_out = load_problems(config, config.task, "validation")[: config.eval_limit]
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0
     )
@@ -1190,11 +1410,15 @@ def run(config: Config) -> str:
         return f"Trained for {config.steps} steps, not evaluated: model in {out}/model"
     best = load_policy(config, str(out / "model"))
     records = evaluate_all(best, config, "trained", out / "eval.json")
-    plot_pass_at_k(out, config.cot)
+    task = config.eval_tasks[0]
+    if task in CHOICES:
+        return f"Trained for {config.steps} steps: model in {out}/model, scores in {out}/eval.json"
+    plot_pass_at_k(out, config.cot, task)
     name = "hard_greedy" if "hard_greedy" in config.eval_settings else config.eval_settings[0]
-    score = {row["stage"]: row["k"]["1"] for row in records if row["setting"] == name}
+    mine = [row for row in records if (row["setting"], row["task"]) == (name, task)]
+    score = {row["stage"]: row["k"]["1"] for row in mine}
     return (
-        f"{name} pass@1 {score['base']:.3f} -> {score['trained']:.3f} after {config.steps} steps of"
+        f"{task} {name} pass@1 {score['base']:.3f} -> {score['trained']:.3f} after {config.steps} steps of"
         f" {config.cot} training: model in {out}/model, figures and tables in {out}"
     )
 
