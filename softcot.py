@@ -40,6 +40,7 @@ Sections: 1 settings  2 config  3 tasks, answers, rewards  4 policy  5 soft toke
 """
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -365,8 +366,8 @@ class Grader:
 
     def equal(self, answer: str, gold: str) -> bool:
         """Whether two LaTeX answers are equal; False, and counted, if that can't be told in time."""
-        answer = answer.strip().removesuffix(".")
-        if answer == gold.strip():
+        answer, gold = (text.strip().removesuffix(".") for text in (answer, gold))
+        if answer == gold:
             return True
         if self.process is None or self.process.poll() is not None:
             self.start()
@@ -1007,47 +1008,77 @@ def rewards_of(r: Rollout, problems: list[Problem]) -> np.ndarray:
     return np.array(values).reshape(len(problems), G)
 
 
-def evaluate(
-    policy: Policy, problems: list[Problem], setting: Setting, config: Config, n: int, label: str = ""
+def evaluate_batch(
+    policy: Policy, batch: list[Problem], setting: Setting, config: Config, n: int
 ) -> dict:
-    """pass@1, 2, 4, ... n of a setting with n samples a problem and greedy answers; no gradient.
+    """Run n samples of each problem, answers greedy; what the evaluation needs of them, as sums.
+
+    Each sample's noise depends on (seed, problem, sample) alone.
+    """
+    seeds = [row_seed(config.seed, 1, problem.id, g) for problem in batch for g in range(n)]
+    prompts = [problem.prompt for problem in batch]
+    r = rollout(policy, prompts, seeds, setting, config.eval_max_cot, config.max_answer, 0.0)
+    return {
+        "correct": (rewards_of(r, batch) == 100).sum(axis=1).tolist(),  # of n, for each problem
+        "stopped": sum(r.stopped),
+        "reached": r.cot_mask.sum(0).tolist(),  # CoTs with a token at position t
+        "entropy": r.cot_entropy.double().sum(0).tolist(),  # sum over these, in nats
+    }
+
+
+def evaluate(
+    policy: Policy,
+    problems: list[Problem],
+    setting: Setting,
+    config: Config,
+    n: int,
+    log: Optional[Path] = None,
+) -> dict:
+    """pass@1, 2, 4, ... n of a setting with n samples a problem (1 if it is deterministic).
 
     k_error: standard error of each pass@k over the problems. entropy_by_position: mean over the
-    CoTs that got there, in nats (the paper's Figure 4).
-
-    A deterministic setting is run once a problem. Problems go in order of length, so that a batch
-    has little padding; each sample's noise depends on (seed, problem, sample) alone.
+    CoTs that got there, in nats (the paper's Figure 4). Problems go in order of length, so that a
+    batch has little padding. What log holds of the same evaluation is not done again.
     """
     n = 1 if setting.deterministic else n
     rows = config.prompts * config.samples  # as many at once as a training rollout
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
     size = max(1, rows // n)
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    counts, lengths, stops = [], [], []
-    H, columns = np.zeros(config.eval_max_cot), np.zeros(config.eval_max_cot)  # sums by position
-    for batch in tqdm(batches, desc=label, leave=False, disable=not label):
-        seeds = [row_seed(config.seed, 1, problem.id, g) for problem in batch for g in range(n)]
-        prompts = [problem.prompt for problem in batch]
-        r = rollout(policy, prompts, seeds, setting, config.eval_max_cot, config.max_answer, 0.0)
-        rewards = rewards_of(r, batch)
-        counts += (rewards == 100).sum(axis=1).tolist()
-        lengths += r.cot_mask.sum(1).tolist()
-        stops += r.stopped
-        H[: r.cot_mask.shape[1]] += r.cot_entropy.sum(0).cpu().numpy()  # 0 outside the mask
-        columns[: r.cot_mask.shape[1]] += r.cot_mask.sum(0).cpu().numpy()
+    lengths = (config.eval_max_cot, config.max_answer, config.seed)
+    texts = [(problem.prompt, problem.gold) for problem in ordered]
+    key = fingerprint(policy.model, setting, n, size, lengths, texts) if log else ""
+    old = read_jsonl(log) if log and log.exists() else []
+    done = {row["batch"]: row for row in old if row["key"] == key}
+    for i, batch in enumerate(tqdm(batches, leave=False, disable=not log)):
+        if i not in done:
+            done[i] = evaluate_batch(policy, batch, setting, config, n)
+            if log:
+                append_jsonl(log, {"key": key, "batch": i, **done[i]})
+    counts = [c for i in range(len(batches)) for c in done[i]["correct"]]
+    reached, H = np.zeros((2, max(len(row["reached"]) for row in done.values())))
+    for row in done.values():
+        reached[: len(row["reached"])] += row["reached"]
+        H[: len(row["entropy"])] += row["entropy"]
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
     passed = {str(k): [pass_at_k(n, c, k) for c in counts] for k in ks}
-    reached = columns > 0
+    samples = n * len(problems)
     return {
         "n": n,
         "problems": len(problems),
         "k": {k: float(np.mean(values)) for k, values in passed.items()},
         "k_error": {k: float(np.std(v) / max(1, len(v) - 1) ** 0.5) for k, v in passed.items()},
-        "cot_entropy": float(H.sum() / columns.sum()),
-        "entropy_by_position": (H[reached] / columns[reached]).round(4).tolist(),
-        "cot_len": float(np.mean(lengths)),
-        "stop_rate": float(np.mean(stops)),
+        "cot_entropy": float(H.sum() / reached.sum()),
+        "entropy_by_position": (H / reached).round(4).tolist(),
+        "cot_len": float(reached.sum() / samples),
+        "stop_rate": sum(row["stopped"] for row in done.values()) / samples,
     }
+
+
+def fingerprint(model: nn.Module, *things) -> str:
+    """A text that differs if a weight of the model or one of the things does."""
+    weights = [w.detach().double().sum().item() for w in model.parameters()]
+    return hashlib.sha256(repr((weights, things)).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -1097,25 +1128,32 @@ def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> list
     """Evaluate every setting of --eval-settings on every task of --eval-tasks: table, and path."""
     table = settings_of(config)
     records = read_json(path) if path.exists() else []
+
+    def record(task: str, setting: str, scores: dict) -> None:
+        """Put the scores in place of older ones of the same name, and save."""
+        row = {"stage": stage, "task": task, "setting": setting, **scores}
+        named = list(row.values())[:3]
+        records[:] = [old for old in records if list(old.values())[:3] != named] + [row]
+        write_json(path, records)
+
     for task in config.eval_tasks:
         if task in CHOICES:
             scores = evaluate_choices(policy, task, config)
-            records.append({"stage": stage, "task": task, "setting": "teacher_forced", **scores})
-            write_json(path, records)
+            record(task, "teacher_forced", scores)
             line = "{problems} {task} problems, accuracy {accuracy:.3f}, {nll:.3f} nats per token"
             print(f"\n{stage}:", line.format(task=task, **scores), "of the right answer")
             continue
         problems = load_problems(config, task, "test")[: config.eval_limit]
         print(f"\n{stage}: {len(problems)} {task} problems, {config.eval_k} samples of each")
-        print("setting         pass@1  pass@n    n  CoT len  stop  entropy")
+        print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
         for name in config.eval_settings:
-            scores = evaluate(policy, problems, table[name], config, config.eval_k, name)
-            records.append({"stage": stage, "task": task, "setting": name, **scores})
-            write_json(path, records)
+            log = path.with_name("eval_batches.jsonl")
+            scores = evaluate(policy, problems, table[name], config, config.eval_k, log)
+            record(task, name, scores)
             n, ks = scores["n"], scores["k"]
             print(
-                f"{name:14} {ks['1']:7.3f} {ks[str(n)]:7.3f} {n:4d} {scores['cot_len']:8.1f}"
-                f" {scores['stop_rate']:5.2f} {scores['cot_entropy']:8.3f}"
+                f"{name:14} {ks['1']:7.3f} {scores['k_error']['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
+                f" {scores['cot_len']:8.1f} {scores['stop_rate']:5.2f} {scores['cot_entropy']:8.3f}"
             )
     return records
 

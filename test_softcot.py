@@ -826,7 +826,38 @@ def test_evaluation_alone_runs_what_was_asked_for_and_touches_nothing_else(tiny_
     assert [r["setting"] for r in records] == ["hard_greedy", "soft_greedy", "fuzzy_sample"]
     assert [(r["n"], list(r["k"])) for r in records] == [(1, ["1"]), (1, ["1"]), (3, ["1", "2", "3"])]
     assert {(r["stage"], r["task"], r["problems"]) for r in records} == {("base", "toy", 5)}
-    assert [file.name for file in tmp_path.iterdir()] == ["eval.json"]
+    assert {file.name for file in tmp_path.iterdir()} == {"eval.json", "eval_batches.jsonl"}
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypatch):
+    fixed = f"--eval-only --model {tiny_folder} --prompts 1 --samples 4 --eval-limit 5".split()
+    fixed += "--eval-k 4 --eval-settings hard_sample soft_sample".split()
+
+    def call(out, *more):
+        return softcot.main([*fixed, "--out-dir", str(out), *more])
+
+    rolled, real = [], softcot.rollout
+
+    def fragile(*arguments):
+        rolled.append(arguments[1])
+        if len(rolled) == 8:  # five batches of hard_sample and two of soft_sample are done
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    assert call(tmp_path / "whole") == 0
+    monkeypatch.setattr(softcot, "rollout", fragile)
+    with pytest.raises(KeyboardInterrupt):
+        call(tmp_path / "cut")
+    assert call(tmp_path / "cut") == 0
+    assert len(rolled) == 8 + 3
+    whole, cut = (softcot.read_json(tmp_path / name / "eval.json") for name in ("whole", "cut"))
+    assert whole == cut and len(cut) == 2
+    log = (tmp_path / "cut" / "eval_batches.jsonl").read_text()
+    command = [sys.executable, str(HERE / "softcot.py"), *fixed, "--out-dir", str(tmp_path / "cut")]
+    assert subprocess.run(command).returncode == 0  # another process finds all of it done
+    assert (tmp_path / "cut" / "eval_batches.jsonl").read_text() == log
+    assert call(tmp_path / "cut", "--seed", "1") == 0  # another evaluation: all is done anew
+    assert len(rolled) == 8 + 3 + 10
 
 
 def test_evaluation_figures_equal_a_plain_recount(tiny_folder, monkeypatch):
