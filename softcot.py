@@ -3,15 +3,15 @@
 The method is that of "Soft Tokens, Hard Truths" (Butt, Kwiatkowski, Labiad, Kempe, Ollivier; arXiv
 2509.19170). An ordinary chain of thought (CoT) samples one token after another. A *soft* CoT feeds
 the model, at each step, the average of all token embeddings weighted by their probabilities, plus
-Gaussian noise. The noise makes the CoT a random variable with a known density, so REINFORCE applies;
-after training, the model is used with ordinary hard tokens.
+Gaussian noise. The noise makes the CoT a random variable with a known density, so REINFORCE
+applies; after training, the model is used with ordinary hard tokens.
 
-    p_{t-1} = softmax(logits_{t-1} / tau)                                     (eq 3)   mixture()
-    hard token   x_t ~ p_{t-1},  feed E[x_t]                                  (eq 4)   next_input()
-    soft token   feed  ht_t = h_t + sigma * N(0, I),   h_t = p_{t-1} E     (eqs 5, 6)   next_input()
-    log pi(ht_t | past) = -||ht_t - h_t||^2 / (2 sigma^2) + const        (eqs 9, 10)   gaussian_logp()
-    A_bg = r_bg - mean of the other G-1 rewards of prompt b                  (eq 12)   rloo_advantages()
-    loss = -1/(BG) sum_bg A_bg (sum_t log pi(ht_t) + sum_a log pi(a))    (eqs 13-15)   policy_gradient()
+    p_{t-1} = softmax(logits_{t-1} / tau)                                    (eq 3) mixture
+    hard token   x_t ~ p_{t-1},  feed E[x_t]                                 (eq 4) next_input
+    soft token   feed  ht_t = h_t + sigma * N(0, I),   h_t = p_{t-1} E    (eqs 5-6) next_input
+    log pi(ht_t | past) = -||ht_t - h_t||^2 / (2 sigma^2) + const        (eqs 9-10) gaussian_logp
+    A_bg = r_bg - mean of the other G-1 rewards of prompt b                 (eq 12) rloo_advantages
+    loss = -1/(BG) sum_bg A_bg (sum_t log pi(ht_t) + sum_a log pi(a))   (eqs 13-15) policy_gradient
 
 Dimensions, used in every shape comment:
     B prompts of a step, G samples of each prompt, N = B*G sequences (row n = b*G + g)
@@ -24,18 +24,22 @@ Interpretations (the paper is silent or ambiguous) and deviations:
     1. sigma = sigma_scale * root-mean-square over the ENTRIES of the embedding matrix E, taken anew
        at each rollout: a noise vector is then about sigma_scale times as long as an embedding.
     2. Answers are sampled at temperature 1 in training, greedy in evaluation.
-    3. The CoT stops as soon as its text (soft: the text of its arg-max tokens, its "shadow") contains
-       the stop phrase without its trailing space: most tokenizers glue that space to what follows.
+    3. The CoT stops as soon as its text (soft: the text of its arg-max tokens, its "shadow")
+       contains the stop phrase without its trailing space, which most tokenizers glue to what
+       follows.
     4. An end-of-text token ends a CoT too; it then goes on as one that reached the length limit.
-    5. An answer ends where its box closes (or at end of text): what follows cannot change the reward.
-    6. The gradient norm is clipped to 1, AdamW has no weight decay, and rows whose advantage is 0
-       are left out of the backward pass, which changes no gradient.
+    5. An answer ends where its box closes (or at end of text): what follows changes no reward.
+    6. The gradient norm is clipped to 1, AdamW has betas (0.9, 0.95) and no weight decay, and rows
+       whose advantage is 0 are left out of the backward pass, which changes no gradient.
     7. GSM8K answers are compared as numbers, those of other data sets by Math-Verify.
+    8. Multiple choice is asked without listing the options; the choice is the option with the
+       highest log-probability per token.
 
 Sections: 1 settings  2 config  3 tasks, answers, rewards  4 policy  5 soft tokens  6 rollout
-          7 log-probabilities, advantages, loss  8 evaluation  9 files and figures  10 training  11 main
+          7 log-probabilities, advantages, loss  8 evaluation  9 files and figures  10 training
+          11 main
 
-    python softcot.py                                       # toy model, soft tokens, 3 minutes on a CPU
+    python softcot.py                                  # toy model, soft tokens, 90 s on a CPU
     python softcot.py --model Qwen/Qwen2.5-0.5B --task gsm8k
 """
 
@@ -67,11 +71,12 @@ import toy_tasks
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
 CHECKPOINTS = 20  # validations and saved states in a run
-FREE_TO_CHANGE = ("eval_tasks", "eval_settings", "eval_k", "eval_limit", "micro_batch", "threads", "device")
+FREE_TO_CHANGE = ("eval_tasks", "eval_settings", "eval_k", "eval_limit")  # when resuming
+FREE_TO_CHANGE += ("micro_batch", "threads", "device")
 
 
 class UserError(Exception):
-    """A mistake of the caller's that one line can explain; main() prints that line, not a traceback."""
+    """A mistake of the caller's; main() prints its one line of explanation, not a traceback."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -135,10 +140,10 @@ def require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on; a field that is None takes the default of its task or mode."""
+    """Everything that a run depends on; None stands for the default of the task or mode."""
 
-    model: Optional[str] = option(None, "hub id or folder of a causal language model (default: toy)")
-    task: str = option("toy", "toy | gsm8k | math | deepscaler | a .jsonl file with question, answer")
+    model: Optional[str] = option(None, "hub id or folder of a causal LM (default: toy)")
+    task: str = option("toy", "toy | gsm8k | math | deepscaler | FILE.jsonl with question, answer")
     cot: Literal["soft", "fuzzy", "hard"] = option("soft", "what the CoT is made of in training")
     steps: Optional[int] = option(None, "gradient steps, one rollout each")
     prompts: Optional[int] = option(None, "B: prompts a step")
@@ -174,7 +179,8 @@ class Config:
 
     def __post_init__(self):
         at_least = {"steps": 1, "prompts": 1, "max_cot": 1, "max_answer": 1, "warmup": 0, "seed": 0}
-        at_least |= {"eval_k": 1, "eval_limit": 0, "eval_max_cot": 1, "micro_batch": 1, "threads": 1}
+        at_least |= {"eval_k": 1, "eval_limit": 0, "eval_max_cot": 1, "micro_batch": 1}
+        at_least |= {"threads": 1}
         for name, low in at_least.items():
             value = getattr(self, name)
             ok = value is None or value >= low
@@ -256,7 +262,8 @@ def filled(config: Config) -> tuple[Config, str]:
     if all(SETTINGS[name].deterministic for name in config.eval_settings):
         defaults["eval_k"] = 1
     new = {k: v for k, v in defaults.items() if getattr(config, k) in (None, []) and v is not None}
-    text = " ".join(f"{flag(k)} {v}" for k, v in new.items())
+    shown = {k: " ".join(v) if isinstance(v, list) else v for k, v in new.items()}
+    text = " ".join(f"{flag(k)} {v}" for k, v in shown.items())
     return dataclasses.replace(config, **new), f"filled in: {text}"
 
 
@@ -365,7 +372,7 @@ class Grader:
         require(ready, "the grader does not start: pip install -r requirements.txt")
 
     def equal(self, answer: str, gold: str) -> bool:
-        """Whether two LaTeX answers are equal; False, and counted, if that can't be told in time."""
+        """Whether two LaTeX answers are equal; False, and counted, if that takes too long."""
         answer, gold = (text.strip().removesuffix(".") for text in (answer, gold))
         if answer == gold:
             return True
@@ -386,7 +393,7 @@ GRADER = Grader()
 
 
 def boxed(text: str) -> Optional[str]:
-    """What stands in a box whose `\\boxed{` has just been opened, or None while it is still open."""
+    """What stands in a box whose `\\boxed{` was just opened, or None while it is still open."""
     depth = 1
     for i, char in enumerate(text):
         escaped = i > 0 and text[i - 1] == "\\"
@@ -419,7 +426,7 @@ def math_gold(row: dict) -> str:
 
 
 def olympiad_gold(row: dict) -> str:
-    """The gold answer of OlympiadBench: `$69$,$84$` -> `69,84`; one has an error: `4.2 within 1e-1`."""
+    """OlympiadBench's gold answer: `$69$,$84$` -> `69,84`; one has an error: `4.2 within 1e-1`."""
     answers = row["final_answer"] if "final_answer" in row else row["answer"]
     tolerance = f" within {row['error']}" if row.get("error") else ""
     return ",".join(answers).replace("$", "").strip() + tolerance
@@ -457,10 +464,10 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A multiple-choice set: where it is, and a row's question, options and index of the right one."""
+    """A multiple-choice set: where it is; a row's question, options and index of the right one."""
 
     hub: tuple[str, ...]
-    test: str  # the hub's name of the split, and that of the local file
+    test: str  # name of the split on the hub and of the local file
     read: Callable[[dict], tuple[str, list[str], int]]
 
 
@@ -489,7 +496,8 @@ CHOICES = {  # out of domain: only for evaluation
 
 def task_named(name: str) -> Task:
     """A task of the table, or that of the user's own .jsonl file."""
-    return TASKS[name] if name in TASKS else Task((), "train", None, plain_gold, SHORT, GRADER.equal)
+    own = Task((), "train", None, plain_gold, SHORT, GRADER.equal)
+    return TASKS.get(name, own)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -548,7 +556,8 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
         try:
             gold = task.gold(row)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{name} {whole}: row {i + 1} has no readable answer ({error})") from None
+            where = f"{name} {whole}: row {i + 1}"
+            raise UserError(f"{where} has no readable answer ({error})") from None
         if gold and question not in seen:
             prompt = task.prompt.replace("QUESTION", question)
             problems.append(Problem(i, prompt, gold, task.equal))
@@ -661,7 +670,7 @@ def load_policy(config: Config, source: str) -> Policy:
 def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
     """h = p E with p = softmax(logits / tau): the mean embedding under p   (eqs 3, 5).
 
-    logits [..., V], E [V', D] with V' >= V (padded vocabularies) -> [..., D]; differentiable in both.
+    logits [..., V], E [V', D] with V' >= V (padded vocabularies) -> [..., D]; with gradient.
     """
     p = torch.softmax(logits.float() / tau, dim=-1)
     return p.to(E.dtype) @ E[: p.shape[-1]]
@@ -725,7 +734,7 @@ def rms(E: Tensor) -> float:
 
 
 def row_seed(*labels: int) -> int:
-    """A seed that depends on every label (run seed, purpose, step, problem, sample) and on no state."""
+    """A seed that depends on every label (run seed, purpose, step, problem, sample) alone."""
     return int(np.random.SeedSequence(labels).generate_state(1)[0])
 
 
@@ -791,7 +800,7 @@ class Decoder:
         self.mask = None  # [N, columns so far]
 
     def feed(self, mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; logits [N, V] after the last.
+        """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; logits [N, V] after them.
 
         mask [N, C] is True on real tokens; only those are attended to and counted as positions.
         """
@@ -813,7 +822,7 @@ class Decoder:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position of each token among the real ones of its row: mask [N, L] -> [N, L], 0 for a left pad."""
+    """Position of each token among the real ones of its row: mask [N, L] -> [N, L], pads 0."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
@@ -829,8 +838,8 @@ def rollout(
 ) -> Rollout:
     """Let the policy think about each prompt and answer it; no gradient is recorded.
 
-    prompts: B texts; seeds: N = B*G numbers, the G of one prompt together. answer_tau: temperature of
-    the answer (1 in training, 0 in evaluation). Returns N rows, cut to the longest CoT and answer.
+    prompts: B texts; seeds: N = B*G numbers, the G of one prompt together. answer_tau: temperature
+    of the answer (1 in training, 0 in evaluation). Returns N rows, as long as the longest of them.
     """
     G = len(seeds) // len(prompts)
     ids, mask = policy.tokenize(prompts)  # [B, P]
@@ -931,14 +940,12 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
     """
     E = policy.embeddings()
     thoughts = policy.embed(r.cot_ids) if r.cot_inputs is None else r.cot_inputs  # [N, T, D]
-    inputs = torch.cat(
-        [policy.embed(r.prompt_ids), thoughts, policy.embed(r.prefill_ids), policy.embed(r.answer_ids)],
-        dim=1,
-    )  # [N, L, D] with L = P + T + F + A
+    prompts, prefills, answers = map(policy.embed, (r.prompt_ids, r.prefill_ids, r.answer_ids))
+    inputs = torch.cat([prompts, thoughts, prefills, answers], dim=1)  # [N, L=P+T+F+A, D]
     mask = torch.cat([r.prompt_mask, r.cot_mask, r.prefill_mask, r.answer_mask], dim=1)  # [N, L]
     P, T, F = r.prompt_ids.shape[1], r.cot_ids.shape[1], r.prefill_ids.shape[1]
     A = r.answer_ids.shape[1]
-    # Column i predicts column i+1: the CoT is predicted from column P-1 on, the answer from P+T+F-1.
+    # Column i predicts column i+1: columns from P-1 on the CoT, from P+T+F-1 on the answer.
     columns = torch.cat([torch.arange(T) + P - 1, torch.arange(A) + P + T + F - 1])
     with policy.arithmetic():
         logits = policy.model(
@@ -967,9 +974,9 @@ def policy_gradient(
 ) -> dict[str, float]:
     """Add the gradient of -(1/N) sum_n A_n l_n to the parameters   (eqs 13-15); return statistics.
 
-    advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of the
-    whole rollout, so the gradient does not depend on micro_batch. Rows with A_n = 0 add nothing and
-    are skipped. loss: the sum over all rows; logp_gap: the largest difference between a log-probability
+    advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
+    the whole rollout, so the gradient does not depend on micro_batch. Rows with A_n = 0 add nothing
+    and are skipped. loss: the sum over all rows; logp_gap: the largest difference of a log-probability
     here and in the rollout (0 but for rounding).
     """
     N, loss, gap = len(advantages), 0.0, 0.0
@@ -1182,7 +1189,7 @@ def append_jsonl(path: Path, row: dict) -> None:
 
 
 def save_model(policy: Policy, folder: Path) -> None:
-    """Save weights and tokenizer so that from_pretrained(folder) opens them like any other model."""
+    """Save weights and tokenizer: from_pretrained(folder) opens them like any other model."""
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
@@ -1325,7 +1332,7 @@ def train_step(
 
 
 def checkpoint(
-    policy: Policy, config: Config, out: Path, held_out: list[Problem], step: int, best: float, *saved
+    policy: Policy, config: Config, out: Path, held_out: list, step: int, best: float, *saved
 ) -> float:
     """Validate, keep the model in out/model if it is the best so far, save the state; new best.
 
@@ -1409,18 +1416,20 @@ def parse(arguments: list[str]) -> Config:
 
 
 def prepare(config: Config) -> Path:
-    """Make --out-dir ready and write config.json there; a resumed run must have the same settings."""
+    """Make --out-dir ready, write config.json; a resumed run must have the same settings."""
     out = Path(config.out_dir)
     new = dataclasses.asdict(dataclasses.replace(config, resume=False))
     if config.resume:
-        require((out / "config.json").is_file(), f"--resume: {out} holds no run; leave --resume out")
+        there = (out / "config.json").is_file()
+        require(there, f"--resume: {out} holds no run; leave --resume out")
         old = read_json(out / "config.json")
         changed = [flag(k) for k in new if k not in FREE_TO_CHANGE and new[k] != old.get(k)]
-        require(not changed, f"--resume: {out} was started with other values of {' '.join(changed)}")
+        names = " ".join(changed)
+        require(not changed, f"--resume: {out} was started with other values of {names}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out-dir {out}: no folder can be made there ({error.strerror})") from None
+        raise UserError(f"--out-dir {out}: can't be made ({error.strerror})") from None
     if not config.resume and not config.eval_only:
         for name in ("metrics.jsonl", "samples.jsonl", "eval.json", "state.pt"):
             (out / name).unlink(missing_ok=True)
@@ -1456,8 +1465,9 @@ def run(config: Config) -> str:
     mine = [row for row in records if (row["setting"], row["task"]) == (name, task)]
     score = {row["stage"]: row["k"]["1"] for row in mine}
     return (
-        f"{task} {name} pass@1 {score['base']:.3f} -> {score['trained']:.3f} after {config.steps} steps of"
-        f" {config.cot} training: model in {out}/model, figures and tables in {out}"
+        f"{task} {name} pass@1 {score['base']:.3f} -> {score['trained']:.3f}"
+        f" after {config.steps} steps of {config.cot} training:"
+        f" model in {out}/model, figures and tables in {out}"
     )
 
 

@@ -1,6 +1,6 @@
 """Tests of softcot: every one compares with an oracle (numpy, float64, brute force, a plain loop).
 
-    python -m pytest                 # about 2 minutes on 2 CPU cores, no network
+    python -m pytest                 # about 4 minutes on 2 CPU cores, no network
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import softcot
 import toy_tasks
-from softcot import SETTINGS, Policy, Problem, Setting, UserError
+from softcot import SETTINGS, Policy, Problem, Setting
 
 HERE = Path(__file__).parent
 
