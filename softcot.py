@@ -976,7 +976,7 @@ def policy_gradient(
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
     the whole rollout, so the gradient does not depend on micro_batch. Rows with A_n = 0 add nothing
-    and are skipped. loss: the sum over all rows; logp_gap: the largest difference of a log-probability
+    and are skipped. loss: the sum over all rows; logp_gap: the largest gap of a log-probability
     here and in the rollout (0 but for rounding).
     """
     N, loss, gap = len(advantages), 0.0, 0.0
