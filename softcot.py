@@ -39,7 +39,7 @@ Sections: 1 settings  2 config  3 tasks, answers, rewards  4 policy  5 soft toke
           7 log-probabilities, advantages, loss  8 evaluation  9 files and figures  10 training
           11 main
 
-    python softcot.py                                  # toy model, soft tokens, 90 s on a CPU
+    python softcot.py                                  # toy model, soft tokens, 100 s on a CPU
     python softcot.py --model Qwen/Qwen2.5-0.5B --task gsm8k
 """
 
