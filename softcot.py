@@ -1405,6 +1405,7 @@ def parse(arguments: list[str]) -> Config:
     )
 
     def fail(message: str):
+        """In place of argparse's own error, which prints the usage and exits."""
         raise UserError(message)
 
     parser.error = fail
