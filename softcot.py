@@ -43,6 +43,7 @@ Sections: 1 settings  2 config  3 tasks, answers, rewards  4 policy  5 soft toke
     python softcot.py --model Qwen/Qwen2.5-0.5B --task gsm8k
 """
 
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -55,6 +56,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, Literal, Optional
 
@@ -63,13 +65,16 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer
 
 import toy_tasks
 
 
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
+CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
 CHECKPOINTS = 20  # validations and saved states in a run
 FREE_TO_CHANGE = ("eval_tasks", "eval_settings", "eval_k", "eval_limit")  # when resuming
 FREE_TO_CHANGE += ("micro_batch", "threads", "device")
@@ -90,7 +95,9 @@ class Setting:
 
     cot: str  # hard: one token's embedding; soft, fuzzy: a mixture of embeddings
     tau: float  # temperature of p = softmax(logits / tau); 0 means arg-max
-    noise: float  # sigma in units of the root-mean-square of E; 0 means none
+    noise: float  # sigma in units of the root-mean-square of what it is added to; 0 means none
+    noise_at: str = "embedding"  # what it is added to: see noised()
+    noise_top: int = 5  # of how many logits, if noise_at is topk-logits
 
     @property
     def hard(self) -> bool:
@@ -114,9 +121,11 @@ SETTINGS = {  # training samples with "<cot>_sample" and validates with "<cot>_g
 
 
 def settings_of(config: "Config") -> dict[str, Setting]:
-    """The table above, with --tau and --sigma-scale in the rows of the mode that --cot names."""
+    """The table above; --tau, --sigma-scale and --noise-at change the rows of the mode --cot."""
     table = dict(SETTINGS)
-    table[f"{config.cot}_sample"] = Setting(config.cot, config.tau, config.sigma_scale or 0.0)
+    table[f"{config.cot}_sample"] = Setting(
+        config.cot, config.tau, config.sigma_scale or 0.0, config.noise_at, config.noise_top
+    )
     if config.cot != "hard":
         table[f"{config.cot}_greedy"] = Setting(config.cot, config.tau, 0.0)
     return table
@@ -154,7 +163,11 @@ class Config:
     lr: Optional[float] = option(None, "peak learning rate of AdamW")
     warmup: int = option(20, "steps of linear warm-up before the cosine decay")
     tau: Optional[float] = option(None, "temperature of the CoT's token distribution")
-    sigma_scale: Optional[float] = option(None, "noise on soft inputs, in units of the RMS of E")
+    sigma_scale: Optional[float] = option(None, "noise, in units of the RMS of what it is added to")
+    noise_at: Literal["embedding", "hidden", "logits", "topk-logits"] = option(
+        "embedding", "what the noise is added to; only embedding is known to learn well"
+    )
+    noise_top: int = option(5, "how many of the highest logits --noise-at topk-logits changes")
     seed: int = option(0, "seed of data order, noise and sampling")
     out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-COT-sSEED)")
     data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
@@ -180,7 +193,7 @@ class Config:
     def __post_init__(self):
         at_least = {"steps": 1, "prompts": 1, "max_cot": 1, "max_answer": 1, "warmup": 0, "seed": 0}
         at_least |= {"eval_k": 1, "eval_limit": 0, "eval_max_cot": 1, "micro_batch": 1}
-        at_least |= {"threads": 1}
+        at_least |= {"threads": 1, "noise_top": 1}
         for name, low in at_least.items():
             value = getattr(self, name)
             ok = value is None or value >= low
@@ -203,6 +216,10 @@ class Config:
         require(
             self.cot != "hard" or self.sigma_scale is None,
             f"--sigma-scale {self.sigma_scale} has no use with --cot hard: leave it out",
+        )
+        require(
+            self.cot != "hard" or self.noise_at == "embedding",
+            f"--noise-at {self.noise_at} has no use with --cot hard: leave it out",
         )
         require(
             self.task == "toy" or self.model is not None,
@@ -251,7 +268,7 @@ def filled(config: Config) -> tuple[Config, str]:
     defaults = {
         **task.defaults,
         "lr": task.learning_rate(config),
-        "tau": mode.tau,
+        "tau": task.fuzzy_tau if config.cot == "fuzzy" else mode.tau,
         "sigma_scale": mode.noise or None,
         "eval_tasks": [task.test_on or config.task],
         "out_dir": f"runs/{Path(config.task).stem}-{config.cot}-s{config.seed}",
@@ -304,6 +321,7 @@ class Task:
     question: str = "problem"  # name of the field
     prompt: str = PROMPT
     test_on: Optional[str] = None  # the task whose test problems are meant, if not its own
+    fuzzy_tau: float = SETTINGS["fuzzy_sample"].tau  # the toy learns more surely at 0.1
 
     def learning_rate(self, config: Config) -> float:
         """The paper's rate for the paper's models, else that of the task."""
@@ -440,7 +458,7 @@ TOY_STEP |= dict(eval_max_cot=9, eval_k=32, eval_limit=128, micro_batch=1024)
 SHORT, LONG = PAPER_STEP | {"max_cot": 128}, PAPER_STEP | {"max_cot": 512}
 
 TASKS = {
-    "toy": Task((), "train", "test", plain_gold, TOY_STEP, same_number, "question", "QUESTION"),
+    "toy": Task((), "train", "test", plain_gold, TOY_STEP, same_number, "question", "QUESTION", None, 0.1),
     "gsm8k": Task(
         ("openai/gsm8k", "main"), "train", "test", plain_gold, SHORT, same_number, "question"
     ),
@@ -598,6 +616,10 @@ class Policy:
         """The context in which rollout and loss both run the model."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
 
+    def trunk(self, **inputs):
+        """The model without its head, run on what it is given; .last_hidden_state is [N, L, H]."""
+        return self.model.base_model(**inputs)
+
     def embeddings(self) -> Tensor:
         """E [V, D], with gradient: the embeddings as the model computes them from token ids.
 
@@ -612,11 +634,17 @@ class Policy:
         """Embeddings [..., D] of token ids [...]."""
         return self.model.get_input_embeddings()(ids)
 
-    def ends(self, tokens: Tensor) -> Tensor:
-        """Which of the tokens [N] end the text; some models have several that do: [N] bool."""
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of last hidden states [..., H]; some models (Gemma 2) bound them."""
+        logits = self.model.get_output_embeddings()(hidden)
+        bound = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return bound * torch.tanh(logits / bound) if bound else logits
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """The tokens that end a text: some models have several."""
         ids = self.model.generation_config.eos_token_id
-        ids = {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
-        return torch.isin(tokens, torch.tensor([i for i in ids if i is not None]).to(tokens))
+        return {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
 
     def tokenize(
         self, texts: list[str], special: bool = True, pad: str = "left"
@@ -659,7 +687,13 @@ def load_policy(config: Config, source: str) -> Policy:
     require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
+    policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
+    with torch.no_grad():
+        token = torch.tensor([[tokenizer.eos_token_id]], device=policy.device)
+        ours, own = policy.head(policy.trunk(input_ids=token).last_hidden_state), model(token).logits
+    known = ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)
+    require(known, f"--model {source}: its logits are not those of Policy.head(), which must know how")
+    return policy
 
 
 # ------------------------------------------------------------------------------------------------
@@ -709,23 +743,62 @@ def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
 
-def next_input(
-    logits: Tensor, setting: Setting, E: Tensor, sigma: float, eps: Optional[Tensor], u: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The next CoT input, its token, its log-probability: all that differs between the modes.
+def noised(hidden: Tensor, logits: Tensor, s: Setting, E: Tensor, top: Optional[Tensor]) -> Tensor:
+    """The quantity that noise is added to, before it is: the mean of the Gaussian.
 
-    hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6), and the token
-    is the greedy shadow, arg-max p.  logits [N, V], eps [N, D], u [N] -> x [N, D], token [N],
-    logp [N], which is 0 for a deterministic setting: it has no density.
+    The paper's method is "embedding", h = p E [..., D]. Its ablations: "hidden", what the head
+    reads [..., H]; "logits" [..., V]; "topk-logits", those at the indices top [..., k].
     """
+    if s.noise_at == "hidden":
+        return hidden
+    if s.noise_at == "embedding":
+        return mixture(logits, s.tau, E)
+    return logits if s.noise_at == "logits" else logits.gather(-1, top)
+
+
+def highest(logits: Tensor, setting: Setting) -> Optional[Tensor]:
+    """Indices [N, k] of the k highest logits [N, V] where these get the noise, else None."""
+    return logits.topk(setting.noise_top).indices if setting.noise_at == "topk-logits" else None
+
+
+@dataclass
+class Thought:
+    """One CoT position of N rows: all that differs between the modes."""
+
+    x: Tensor  # [N, D] the input that is fed
+    token: Tensor  # [N] hard: the token; soft, fuzzy: the greedy shadow, arg-max p
+    logp: Tensor  # [N] in nats; 0 for a deterministic setting, which has no density
+    entropy: Tensor  # [N] in nats, of the next-token distribution before noise
+    z: Optional[Tensor] = None  # [N, K] the noisy quantity where it is not x itself
+    top: Optional[Tensor] = None  # [N, k] which logits it is made of, for topk-logits
+
+
+def next_input(
+    policy: "Policy", hidden: Tensor, setting: Setting, E: Tensor, sigma: float, eps, u: Tensor
+) -> Thought:
+    """The next CoT input, made from the last hidden state.
+
+    hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6).
+    hidden [N, H], eps [N, K] or None, u [N] in [0, 1).
+    """
+    logits = policy.head(hidden)  # [N, V]
     none = torch.zeros(len(logits), device=logits.device)
     if setting.hard:
         token = sample_token(logits, setting.tau, u)
         logp = categorical_logp(token, logits, setting.tau) if setting.tau else none
-        return E[token], token, logp
-    mean = mixture(logits, setting.tau, E)
-    x = mean + sigma * eps.to(mean.dtype) if sigma else mean
-    return x, logits.argmax(-1), gaussian_logp(x, mean, sigma) if sigma else none
+        return Thought(E[token], token, logp, entropy(logits))
+    top = highest(logits, setting)
+    mean = noised(hidden, logits, setting, E, top)  # [N, K]
+    z = mean + sigma * eps.to(mean.dtype) if sigma else mean
+    logp = gaussian_logp(z, mean, sigma) if sigma else none
+    H = entropy(logits)
+    if setting.noise_at == "embedding":
+        return Thought(z, logits.argmax(-1), logp, H)
+    if setting.noise_at == "hidden":
+        logits = policy.head(z)
+    else:
+        logits = z if top is None else logits.scatter(-1, top, z)
+    return Thought(mixture(logits, setting.tau, E), logits.argmax(-1), logp, H, z, top)
 
 
 def rms(E: Tensor) -> float:
@@ -738,8 +811,8 @@ def row_seed(*labels: int) -> int:
     return int(np.random.SeedSequence(labels).generate_state(1)[0])
 
 
-def draw(seeds: list[int], T: int, A: int, D: int, device) -> tuple[Tensor, Optional[Tensor]]:
-    """Every random number of a rollout: u [N, T+A] uniform, eps [N, T, D] normal (None if D is 0).
+def draw(seeds: list[int], T: int, A: int, K: int, device) -> tuple[Tensor, Tensor]:
+    """Every random number of a rollout: u [N, T+A] uniform, eps [N, T, K] normal (K may be 0).
 
     Row n depends on seeds[n] alone: neither its neighbours nor the batch size can change it.
     """
@@ -747,8 +820,8 @@ def draw(seeds: list[int], T: int, A: int, D: int, device) -> tuple[Tensor, Opti
     for seed in seeds:
         generator = torch.Generator(device).manual_seed(seed)
         uniform.append(torch.rand(T + A, generator=generator, device=device))
-        normal.append(torch.randn(T, D, generator=generator, device=device))
-    return torch.stack(uniform), torch.stack(normal) if D else None
+        normal.append(torch.randn(T, K, generator=generator, device=device))
+    return torch.stack(uniform), torch.stack(normal)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -765,7 +838,9 @@ class Rollout:
     prompt_ids: Tensor  # [N, P], left-padded
     prompt_mask: Tensor  # [N, P]
     cot_ids: Tensor  # [N, T] hard: the tokens; soft, fuzzy: the greedy shadow
-    cot_inputs: Optional[Tensor]  # [N, T, D] the noisy inputs ht_t as fed; None when hard
+    cot_inputs: Optional[Tensor]  # [N, T, D] the inputs ht_t as fed; None when hard
+    cot_noisy: Optional[Tensor]  # [N, T, K] what the noise went to, if not to these inputs
+    cot_top: Optional[Tensor]  # [N, T, k] which logits cot_noisy are, for topk-logits
     cot_mask: Tensor  # [N, T]
     cot_logp: Tensor  # [N, T] log pi as the sampler saw it; 0 for deterministic settings
     cot_entropy: Tensor  # [N, T] of the next-token distribution before each CoT position
@@ -800,25 +875,52 @@ class Decoder:
         self.mask = None  # [N, columns so far]
 
     def feed(self, mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; logits [N, V] after them.
+        """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; hidden states [N, H] of the last.
 
         mask [N, C] is True on real tokens; only those are attended to and counted as positions.
         """
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
-        out = self.policy.model(
+        out = self.policy.trunk(
             **inputs,
             attention_mask=self.mask.long(),
             position_ids=positions(self.mask)[:, -mask.shape[1] :],
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        return out.logits[:, -1]
+        return out.last_hidden_state[:, -1]
 
     def repeat(self, G: int) -> None:
         """Turn each of the B rows into G equal rows, so that a prompt is read once, not G times."""
         self.cache.batch_repeat_interleave(G)
         self.mask = self.mask.repeat_interleave(G, dim=0)
+
+    def rows(self, index: Tensor) -> "Decoder":
+        """A decoder of the rows index [M] alone."""
+        part = copy.copy(self)
+        part.mask, part.cache = self.mask[index], copy.copy(self.cache)
+        part.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        part.cache.batch_select_indices(index)
+        return part
+
+
+def joined(parts: list[tuple[Tensor, Decoder]]) -> Decoder:
+    """One decoder of the row numbers [M] and decoders in parts, the shorter ones padded at the end."""
+    order = torch.cat([index for index, _ in parts]).argsort()
+    decoders = [decoder for _, decoder in parts]
+    whole, L = decoders[-1], max(decoder.mask.shape[1] for decoder in decoders)
+
+    def join(tensors: list[Tensor], dim: int) -> Tensor:
+        """Pad dim to L columns and put the rows in order."""
+        after = [0] * (2 * (tensors[0].dim() - dim) - 1)
+        padded = [nn.functional.pad(t, after + [L - t.shape[dim]]) for t in tensors]
+        return torch.cat(padded)[order]
+
+    whole.mask = join([decoder.mask for decoder in decoders], 1)
+    for i, layer in enumerate(whole.cache.layers):
+        layers = [decoder.cache.layers[i] for decoder in decoders]
+        layer.keys = join([one.keys for one in layers], 2)
+        layer.values = join([one.values for one in layers], 2)
+    return whole
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -844,13 +946,17 @@ def rollout(
     G = len(seeds) // len(prompts)
     ids, mask = policy.tokenize(prompts)  # [B, P]
     E = policy.embeddings()  # [V, D]
-    sigma = setting.noise * rms(E)
-    u, eps = draw(seeds, max_cot, max_answer, E.shape[1] if sigma else 0, policy.device)
     with policy.arithmetic():
         decoder = Decoder(policy)
-        logits = decoder.feed(mask, input_ids=ids).repeat_interleave(G, dim=0)  # [N, V]
+        hidden = decoder.feed(mask, input_ids=ids)  # [B, H]
+        logits = policy.head(hidden)  # [B, V]
+        quantity = noised(hidden, logits, setting, E, highest(logits, setting))  # [B, K]
+        sigma = setting.noise * rms(E if setting.noise_at == "embedding" else quantity)
+        K = quantity.shape[1] if sigma else 0
+        u, eps = draw(seeds, max_cot, max_answer, K, policy.device)
         decoder.repeat(G)
-        cot = think(decoder, logits, setting, E, sigma, eps, u[:, :max_cot])
+        hidden = hidden.repeat_interleave(G, dim=0)  # [N, H]
+        cot, decoder = think(decoder, hidden, setting, E, sigma, eps, u[:, :max_cot])
         answer = give_answer(decoder, cot, answer_tau, u[:, max_cot:])
     return Rollout(
         setting,
@@ -862,36 +968,57 @@ def rollout(
     )
 
 
-def think(decoder, logits, setting, E, sigma, eps, u) -> dict:
+def think(decoder, hidden, setting, E, sigma, eps, u) -> tuple[dict, Decoder]:
     """The CoT phase: up to T = u.shape[1] inputs a row, until its text holds the stop phrase.
 
-    logits [N, V] after the prompt, eps [N, T, D], u [N, T]. Returns the cot fields of a Rollout.
-    Finished rows idle: their further columns are masked out.
+    hidden [N, H] after the prompt, eps [N, T, K], u [N, T]. Returns the cot fields of a Rollout and
+    the decoder that goes on. Finished rows idle, their further columns masked out, until they are
+    half of the batch; then they leave it, and come back for the answer.
     """
     policy = decoder.policy
     N, T = u.shape
-    alive = torch.ones(N, dtype=torch.bool, device=u.device)
+    here = torch.arange(N, device=u.device)  # [M] the rows in the batch
+    alive = torch.ones_like(here, dtype=torch.bool)  # [M]
     texts, stopped = [""] * N, [False] * N
-    columns = []
+    columns, left = [], []
+    can_leave = all(type(layer) is DynamicLayer for layer in decoder.cache.layers)
     for t in range(T):
-        noise = None if eps is None else eps[:, t]
-        x, token, logp = next_input(logits, setting, E, sigma, noise, u[:, t])
-        columns.append((token, x, alive, logp, entropy(logits)))
-        logits = decoder.feed(alive[:, None], inputs_embeds=x[:, None])
-        ended = policy.ends(token)
-        for n in alive.nonzero().flatten().tolist():
-            piece = policy.piece(token[n].item())
-            texts[n] += piece
-            stopped[n] = STOP.strip() in texts[n][-len(STOP) - len(piece) :]
-        alive = alive & ~ended & ~torch.tensor(stopped, device=u.device)
-        if not alive.any():
+        thought = next_input(policy, hidden, setting, E, sigma, eps[here, t], u[here, t])
+        columns.append((here, alive, thought))
+        hidden = decoder.feed(alive[:, None], inputs_embeds=thought.x[:, None])
+        goes_on = alive.tolist()
+        for m, (n, token) in enumerate(zip(here.tolist(), thought.token.tolist())):
+            if goes_on[m]:
+                piece = policy.piece(token)
+                texts[n] += piece
+                stopped[n] = STOP.strip() in texts[n][-len(STOP) - len(piece) :]
+                goes_on[m] = not stopped[n] and token not in policy.ends
+        if not any(goes_on):
             break
-    ids, inputs, mask, logp, H = (torch.stack(c, dim=1) for c in zip(*columns))
-    cot = dict(cot_ids=ids, cot_inputs=None if setting.hard else inputs, cot_mask=mask)
+        alive = torch.tensor(goes_on, device=u.device)
+        if can_leave and 2 * sum(goes_on) <= len(goes_on):
+            left.append((here[~alive], decoder.rows(~alive)))
+            decoder = decoder.rows(alive)
+            here, hidden, alive = here[alive], hidden[alive], alive[alive]
+
+    def whole(values: list[Tensor]) -> Optional[Tensor]:
+        """[N, T, ...] of the values [M, ...] of each position; 0 for rows that had left."""
+        if values[0] is None:
+            return None
+        out = values[0].new_zeros(N, len(values), *values[0].shape[1:])
+        for t, value in enumerate(values):
+            out[columns[t][0], t] = value
+        return out
+
+    mask = whole([alive for _, alive, _ in columns])
+    names = [field.name for field in dataclasses.fields(Thought)]
+    x, ids, logp, H, noisy, top = (whole([getattr(c[2], name) for c in columns]) for name in names)
     # Not `texts`: a character may be made of several tokens, which only read well together.
     cots = [policy.decode(row[kept]) for row, kept in zip(ids, mask)]
-    cot |= dict(cot_logp=logp * mask, cot_entropy=H * mask, cots=cots, stopped=stopped)
-    return cot
+    cot = dict(cot_ids=ids, cot_inputs=None if setting.hard else x, cot_noisy=noisy, cot_top=top)
+    cot |= dict(cot_mask=mask, cot_logp=logp * mask, cot_entropy=H * mask)
+    cot |= dict(cots=cots, stopped=stopped)
+    return cot, joined([*left, (here, decoder)])
 
 
 def give_answer(decoder, cot, tau, u) -> dict:
@@ -906,21 +1033,23 @@ def give_answer(decoder, cot, tau, u) -> dict:
         space = "" if text[-1:].isspace() else " "
         openings.append(space + BOX if stopped else STOP + BOX)
     prefill_ids, prefill_mask = policy.tokenize(openings, special=False)  # [N, F]
-    logits = decoder.feed(prefill_mask, input_ids=prefill_ids)
+    hidden = decoder.feed(prefill_mask, input_ids=prefill_ids)  # [N, H]
     alive = torch.ones(N, dtype=torch.bool, device=u.device)
     texts, columns = [""] * N, []
     for a in range(A):
+        logits = policy.head(hidden)  # [N, V]
         token = sample_token(logits, tau, u[:, a])
         logp = categorical_logp(token, logits, tau) if tau else torch.zeros(N, device=u.device)
         columns.append((token, alive, logp))
-        ended = policy.ends(token)
-        for n in alive.nonzero().flatten().tolist():
-            texts[n] += policy.piece(token[n].item())
-            ended[n] |= boxed(texts[n]) is not None
-        alive = alive & ~ended
-        if a == A - 1 or not alive.any():
+        goes_on = alive.tolist()
+        for n, i in enumerate(token.tolist()):
+            if goes_on[n]:
+                texts[n] += policy.piece(i)
+                goes_on[n] = boxed(texts[n]) is None and i not in policy.ends
+        alive = torch.tensor(goes_on, device=u.device)
+        if a == A - 1 or not any(goes_on):
             break
-        logits = decoder.feed(alive[:, None], input_ids=token[:, None])
+        hidden = decoder.feed(alive[:, None], input_ids=token[:, None])
     ids, mask, logp = (torch.stack(c, dim=1) for c in zip(*columns))
     answers = [policy.decode(row[kept]) for row, kept in zip(ids, mask)]
     answer = dict(answer_ids=ids, answer_mask=mask, answer_logp=logp * mask, answers=answers)
@@ -947,20 +1076,43 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
     A = r.answer_ids.shape[1]
     # Column i predicts column i+1: columns from P-1 on the CoT, from P+T+F-1 on the answer.
     columns = torch.cat([torch.arange(T) + P - 1, torch.arange(A) + P + T + F - 1])
+
+    def thought_logp(hidden, tokens, noisy, top) -> Tensor:
+        """log pi of thoughts: hidden [M, H] before them -> [M]."""
+        logits = policy.head(hidden)
+        if r.setting.hard:
+            return categorical_logp(tokens, logits, r.setting.tau)
+        return gaussian_logp(noisy, noised(hidden, logits, r.setting, E, top), r.sigma)
+
+    def answer_logp(hidden, tokens) -> Tensor:
+        """log pi of answer tokens: hidden [M, H] before them -> [M]."""
+        return categorical_logp(tokens, policy.head(hidden), tau=1.0)
+
+    noisy = r.cot_inputs if r.cot_noisy is None else r.cot_noisy
     with policy.arithmetic():
-        logits = policy.model(
+        hidden = policy.trunk(
             inputs_embeds=inputs,
             attention_mask=mask.long(),
             position_ids=positions(mask),
             use_cache=False,
-            logits_to_keep=columns.to(policy.device),
-        ).logits  # [N, T+A, V]
-        if r.setting.hard:
-            cot = categorical_logp(r.cot_ids, logits[:, :T], r.setting.tau)
-        else:
-            cot = gaussian_logp(r.cot_inputs, mixture(logits[:, :T], r.setting.tau, E), r.sigma)
-        answer = categorical_logp(r.answer_ids, logits[:, T:], tau=1.0)
-    return cot * r.cot_mask, answer * r.answer_mask
+        ).last_hidden_state[:, columns.to(policy.device)]  # [N, T+A, H]
+        thought = (hidden[:, :T], r.cot_ids, noisy, r.cot_top)
+        cot = in_chunks(thought_logp, E.shape[0], r.cot_mask, *thought)
+        answer = in_chunks(answer_logp, E.shape[0], r.answer_mask, hidden[:, T:], r.answer_ids)
+    return cot, answer
+
+
+def in_chunks(f: Callable, V: int, mask: Tensor, *tensors: Optional[Tensor]) -> Tensor:
+    """f over the True positions of mask [N, T], 0 elsewhere, a few at a time: [N, T].
+
+    What f makes (logits: V numbers a position, the largest tensors of all) exists for one chunk
+    only, and is made again in the backward pass. tensors: [N, T, ...], or None to pass None.
+    """
+    size = max(1, CHUNK // V)
+    count = int(mask.sum())
+    parts = [[None] * count if t is None else t[mask].split(size) for t in tensors]
+    values = [recompute(f, *part, use_reentrant=False) for part in zip(*parts)]
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(values))
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput
 
 import softcot
 import toy_tasks
@@ -63,6 +63,9 @@ def tiny_policy(kind: str) -> Policy:
         "llama-tied": lambda: transformers.LlamaConfig(**size, **block, tie_word_embeddings=True),
         "qwen2": lambda: transformers.Qwen2Config(**size, **block, tie_word_embeddings=True),
         "gemma": lambda: transformers.GemmaConfig(**size, **block, head_dim=16),
+        "gemma2": lambda: transformers.Gemma2Config(
+            **size, **block, head_dim=16, final_logit_softcapping=0.5, sliding_window=64
+        ),
         "gpt2": lambda: transformers.GPT2Config(
             **size, n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.2
         ),
@@ -84,28 +87,35 @@ def sample(policy, setting, prompts=PROMPTS, seeds=None, max_cot=12, max_answer=
 
 
 class Scripted(nn.Module):
-    """A "model" that says what it is told: row n's next token is scripts[n][columns so far - prompt]."""
+    """A "model" that says what it is told: after prompt i (one token) it writes scripts[i]."""
 
-    def __init__(self, tokenizer, prompt_length, scripts):
+    def __init__(self, tokenizer, prompts, scripts):
         super().__init__()
         self.config = transformers.LlamaConfig(num_hidden_layers=1)
         self.generation_config = transformers.GenerationConfig(eos_token_id=1)
         self.embed = nn.Embedding(len(tokenizer), 4)
-        self.prompt_length, self.scripts, self.calls = prompt_length, scripts, []
+        self.scripts, self.calls, self.sizes = scripts, [], []
+        self.starts = self.embed(torch.tensor(tokenizer(prompts).input_ids))  # [prompts, 1, 4]
         self.device = torch.device("cpu")
+        self.base_model = self.write
 
     def get_input_embeddings(self):
         return self.embed
 
-    def forward(self, attention_mask, past_key_values, input_ids=None, inputs_embeds=None, **_):
+    def get_output_embeddings(self):
+        return lambda hidden: hidden  # write() makes logits right away
+
+    def write(self, attention_mask, past_key_values, input_ids=None, inputs_embeds=None, **_):
         x = inputs_embeds if input_ids is None else self.embed(input_ids)
         self.calls.append("ids" if inputs_embeds is None else "embeds")
-        past_key_values.update(x[:, None], x[:, None], 0)
+        self.sizes.append(len(x))
+        keys, _ = past_key_values.update(x[:, None], x[:, None], 0)
         logits = torch.full((len(x), 1, self.embed.num_embeddings), -20.0)
         for n, count in enumerate(attention_mask.sum(1).tolist()):
-            script = self.scripts[n % len(self.scripts)]
-            logits[n, 0, script[min(count - self.prompt_length, len(script) - 1)]] = 20.0
-        return CausalLMOutput(logits=logits)
+            prompt = (self.starts[:, 0] == keys[n, 0, 0]).all(1).int().argmax()
+            script = self.scripts[prompt]
+            logits[n, 0, script[min(count - 1, len(script) - 1)]] = 20.0
+        return BaseModelOutput(last_hidden_state=logits)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -235,7 +245,7 @@ def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
         logps.append(logp)
         x = torch.cat([x, new[None]])
         text += policy.tokenizer.decode([token.item()], skip_special_tokens=True)
-        if token == policy.tokenizer.eos_token_id or "The final answer is:" in text:
+        if token.item() in policy.ends or "The final answer is:" in text:
             break
     opening = " \\boxed{" if "The final answer is:" in text else "The final answer is: \\boxed{"
     prefill = policy.tokenizer(opening, return_tensors="pt", add_special_tokens=False).input_ids
@@ -247,15 +257,18 @@ def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
         answer.append(token.item())
         answer_logps.append(logp[token].item())
         x = torch.cat([x, E[token][None]])
-        if token == policy.tokenizer.eos_token_id or "}" in policy.tokenizer.decode(answer):
+        closed = softcot.boxed(policy.tokenizer.decode(answer)) is not None
+        if token.item() in policy.ends or closed:
             break
     return tokens, torch.stack(inputs), logps, answer, answer_logps
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cached_batched_padded_rollout_equals_a_plain_one(kind, name):
+@pytest.mark.parametrize("ends", [{1}, set(range(0, 98, 9))], ids=["few-end", "many-end-early"])
+def test_a_cached_batched_padded_rollout_equals_a_plain_one(kind, name, ends):
     policy, setting = tiny_policy(kind), SETTINGS[name]
+    policy.ends = ends  # tokens after which a CoT ends: with many, rows leave the batch on the way
     seeds = seeds_for(6)
     r = sample(policy, setting, seeds=seeds)
     for n in range(6):
@@ -307,6 +320,88 @@ def test_recomputed_log_probabilities_equal_those_of_the_rollout(kind, name):
     assert cot.requires_grad and not r.cot_logp.requires_grad
 
 
+AT = ("hidden", "logits", "topk-logits")
+
+
+@pytest.mark.parametrize("at", AT)
+def test_noise_elsewhere_is_gaussian_there_and_its_log_probability_is_recomputed(at):
+    policy = tiny_policy("llama")
+    setting = Setting("soft", 0.5, 0.33, noise_at=at, noise_top=5)
+    r = sample(policy, setting, seeds=seeds_for(30), max_cot=20)
+    mask = r.cot_mask
+    sizes = {"hidden": 32, "logits": len(policy.tokenizer), "topk-logits": 5}
+    assert r.cot_noisy.shape == (*mask.shape, sizes[at])
+    # the oracle: hidden states and logits of an unpadded pass over each row, in numpy's float64
+    head = policy.model.lm_head.weight.detach().double().numpy()
+    E = policy.embeddings().detach().double().numpy()
+    ratios, scale = [], []
+    for n in range(30):
+        T = int(mask[n].sum())
+        ids = r.prompt_ids[n][r.prompt_mask[n]]
+        inputs = torch.cat([policy.embed(ids), r.cot_inputs[n, :T]])
+        out = policy.model.model(inputs_embeds=inputs[None]).last_hidden_state[0]
+        hidden = out[len(ids) - 1 : -1].detach().double().numpy()  # [T, 32] before each thought
+        logits, z = hidden @ head.T, r.cot_noisy[n, :T].double().numpy()
+        if at == "hidden":
+            mean, noisy_logits = hidden, z @ head.T
+        elif at == "logits":
+            mean, noisy_logits = logits, z
+        else:
+            top = np.argsort(-logits, axis=1)[:, :5]
+            assert (np.sort(top) == np.sort(r.cot_top[n, :T].numpy())).all()
+            mean, noisy_logits = np.take_along_axis(logits, r.cot_top[n, :T].numpy(), 1), logits
+            noisy_logits = logits.copy()
+            np.put_along_axis(noisy_logits, r.cot_top[n, :T].numpy(), z, 1)
+        p = np.exp(2 * (noisy_logits - noisy_logits.max(1, keepdims=True)))
+        p /= p.sum(1, keepdims=True)
+        np.testing.assert_allclose(r.cot_inputs[n, :T], p @ E, atol=1e-4)
+        assert r.cot_ids[n, :T].tolist() == p.argmax(1).tolist()
+        logp = -((z - mean) ** 2).sum(1) / (2 * r.sigma**2)
+        np.testing.assert_allclose(r.cot_logp[n, :T], logp, rtol=1e-3, atol=1e-3)
+        ratios += list(((z - mean) / r.sigma).flatten())
+        scale.append(np.sort(-logits[0])[:5] if at == "topk-logits" else mean[0])
+    assert np.std(ratios) == pytest.approx(1, abs=4 / (2 * len(ratios)) ** 0.5)
+    assert r.sigma == pytest.approx(0.33 * np.sqrt(np.square(scale).mean()), rel=1e-3)
+    cot, _ = softcot.log_probs(policy, r)
+    torch.testing.assert_close(cot.detach(), r.cot_logp, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("at", AT)
+def test_noise_elsewhere_has_the_gradient_of_finite_differences(at):
+    policy = tiny_policy("llama")
+    policy.model.double()
+    setting = Setting("soft", 0.5, 0.33, noise_at=at, noise_top=5)
+    r = sample(policy, setting, max_cot=6)
+    weight = policy.model.model.layers[0].self_attn.q_proj.weight
+
+    def total():
+        return softcot.log_probs(policy, r)[0].sum()
+
+    total().backward()
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
+    h, values = 1e-3, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * h * direction
+            values.append(total().item())
+            weight -= sign * h * direction
+    slope = (values[0] - values[1]) / (2 * h)
+    assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=0.02)
+
+
+def test_log_probabilities_in_chunks_equal_those_in_one_piece(monkeypatch):
+    policy = tiny_policy("llama")
+    r = sample(policy, SETTINGS["soft_sample"])
+    advantages = torch.tensor([3.0, -1.0, 0.0, 2.0, 0.0, -4.0])
+    loss, whole = gradient_of(policy, r, advantages, 6)
+    monkeypatch.setattr(softcot, "CHUNK", 3 * len(policy.tokenizer))
+    pieces_loss, pieces = gradient_of(policy, r, advantages, 6)
+    assert pieces_loss == pytest.approx(loss, rel=1e-5)
+    for name in whole:
+        scale = whole[name].abs().max()
+        torch.testing.assert_close(pieces[name] / scale, whole[name] / scale, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["hard_sample", "soft_sample"])
 def test_neighbours_and_padding_change_nothing(name):
     policy = tiny_policy("llama")
@@ -335,10 +430,10 @@ STOPS = {  # what the model writes -> the CoT (without what the last token adds)
 def test_the_stop_phrase_counts_however_it_is_split(name, extra):
     tokenizer = char_tokenizer(extra)
     scripts = [tokenizer(text).input_ids for text in STOPS]
-    policy = Policy(Scripted(tokenizer, 2, scripts), tokenizer)
+    policy = Policy(Scripted(tokenizer, list("abcd"), scripts), tokenizer)
     limit = len(tokenizer("The final answer was 7").input_ids)  # the third CoT is cut there
     limit = max(limit, len(tokenizer("so. The final answer is:").input_ids))
-    r = softcot.rollout(policy, ["Q?"] * 4, seeds_for(4), SETTINGS[name], limit, 4, 1.0)
+    r = softcot.rollout(policy, list("abcd"), seeds_for(4), SETTINGS[name], limit, 4, 1.0)
     assert r.stopped == [True, True, False, False]
     for n, (text, opening) in enumerate(STOPS.values()):
         assert r.cots[n].startswith(text)
@@ -350,11 +445,35 @@ def test_the_stop_phrase_counts_however_it_is_split(name, extra):
         assert filled == (opening.lstrip() if r.stopped[n] and over else opening)
 
 
+def test_finished_rows_leave_the_batch_and_come_back_for_the_answer():
+    tokenizer = char_tokenizer()
+    texts = ["ab" * n + " The final answer is: }" for n in (1, 8, 2, 30)]
+    model = Scripted(tokenizer, list("abcd"), [tokenizer(text).input_ids for text in texts])
+    r = softcot.rollout(
+        Policy(model, tokenizer), list("abcd"), seeds_for(4), SETTINGS["soft_sample"], 90, 4, 1.0
+    )
+    stop = len(" The final answer is:")
+    assert r.cot_mask.sum(1).tolist() == [2 * n + stop for n in (1, 8, 2, 30)]
+    # the prompts, T CoT inputs of 4, 2 and 1 rows, then the prefill of all 4
+    steps = [4] * (4 + stop) + [2] * 12 + [1] * 44
+    assert model.sizes[: len(steps) + 2] == [4] + steps + [4]
+    for n, text in enumerate(texts):
+        assert text.startswith(r.cots[n]) and r.answers[n] == "}"
+
+
+def test_a_soft_cap_on_the_logits_is_part_of_the_head():
+    policy = tiny_policy("gemma2")
+    ids = torch.tensor([[5, 6, 7]])
+    hidden = policy.trunk(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(policy.head(hidden), policy.model(ids).logits)
+    assert policy.head(100 * hidden).abs().max() <= 0.5
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_answers_are_hard_tokens_in_every_mode(name):
     tokenizer = char_tokenizer()
     script = tokenizer("ab The final answer is: ??????42}9999").input_ids
-    model = Scripted(tokenizer, 1, [script])
+    model = Scripted(tokenizer, ["Q"], [script])
     policy = Policy(model, tokenizer)
     r = softcot.rollout(policy, ["Q"], seeds_for(1), SETTINGS[name], 30, 8, 1.0)
     T = r.cot_mask.sum().item()
@@ -435,13 +554,16 @@ class Dynamics(nn.Module):
         self.embed = nn.Embedding(3, 1, _weight=torch.tensor([[-1.0], [0.2], [1.5]]))
         self.a = nn.Parameter(torch.tensor([0.5, -1.0, 0.8]))
         self.c = nn.Parameter(torch.tensor([0.1, 0.3, -0.2]))
-        self.device = torch.device("cpu")
+        self.device, self.config = torch.device("cpu"), transformers.LlamaConfig()
 
     def get_input_embeddings(self):
         return self.embed
 
-    def forward(self, inputs_embeds, logits_to_keep, **_):
-        return CausalLMOutput(logits=inputs_embeds[:, logits_to_keep] * self.a + self.c)
+    def get_output_embeddings(self):
+        return lambda hidden: hidden * self.a + self.c
+
+    def base_model(self, inputs_embeds, **_):
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
 
 
 def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_reward():
@@ -489,6 +611,7 @@ def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_re
             setting=Setting("soft", tau, 1.0), sigma=sigma, prompt_ids=none, prompt_mask=~no,
             cot_ids=torch.zeros(N, 3, dtype=torch.long),
             cot_inputs=torch.cat([torch.full((N, 1, 1), start), inputs], 1),
+            cot_noisy=None, cot_top=None,
             cot_mask=torch.cat([no, ~no, ~no], 1), cot_logp=torch.zeros(N, 3), cot_entropy=zeros,
             prefill_ids=none, prefill_mask=no, answer_ids=none, answer_mask=no,
             answer_logp=torch.zeros(N, 1), stopped=[True] * N, cots=[""] * N, answers=[""] * N,

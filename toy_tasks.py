@@ -136,7 +136,7 @@ def pretrain(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         E = EMBEDDING_RMS * large
         noise = NOISE * torch.rand(BATCH, 1, 1, generator=generator)  # one strength a sequence
         eps = torch.randn(*ids.shape, E.shape[1], generator=generator)
-        inputs = E[ids] + noise * E.detach().square().mean().sqrt() * eps
+        inputs = nn.functional.embedding(ids, E) + noise * E.detach().square().mean().sqrt() * eps
         logits = model(inputs_embeds=inputs, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
