@@ -20,41 +20,13 @@ A sequence is laid out as  [left pad | prompt P][CoT T | gap][left pad | prefill
 Masks are True on real tokens; positions count them, so pads and gaps leave no trace.
 logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
 
-Interpretations (the paper is silent or ambiguous) and deviations:
-    1. sigma = sigma_scale * root-mean-square over the ENTRIES of the embedding matrix E, taken anew
-       at each rollout: a noise vector is then about sigma_scale times as long as an embedding.
-    2. Answers are sampled at temperature 1 in training, greedy in evaluation.
-    3. The CoT stops as soon as its text (soft: the text of its arg-max tokens, its "shadow")
-       contains the stop phrase without its trailing space, which most tokenizers glue to what
-       follows.
-    4. An end-of-text token ends a CoT too; it then goes on as one that reached the length limit.
-    5. An answer ends where its box closes (or at end of text): what follows changes no reward.
-    6. The gradient norm is clipped to 1, AdamW has betas (0.9, 0.95) and no weight decay, and rows
-       whose advantage is 0 are left out of the backward pass, which changes no gradient.
-    7. GSM8K answers are compared as numbers, those of other data sets by Math-Verify.
-    8. Multiple choice is asked without listing the options; the choice is the option with the
-       highest log-probability per token.
-
-Sections: 1 settings  2 config  3 tasks, answers, rewards  4 policy  5 soft tokens  6 rollout
-          7 log-probabilities, advantages, loss  8 evaluation  9 files and figures  10 training
-          11 main
+Where the paper is silent or ambiguous, and where this differs from it: see the README.
 
     python softcot.py                                  # toy model, soft tokens, 100 s on a CPU
     python softcot.py --model Qwen/Qwen2.5-0.5B --task gsm8k
 """
 
-import copy
-import dataclasses
-import hashlib
-import inspect
-import json
-import math
-import os
-import re
-import select
-import subprocess
-import sys
-import time
+import copy, dataclasses, hashlib, inspect, json, math, os, re, select, subprocess, sys, time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,10 +56,7 @@ class UserError(Exception):
     """A mistake of the caller's; main() prints its one line of explanation, not a traceback."""
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. Settings: three ways to think, six ways to run a model
-# ------------------------------------------------------------------------------------------------
-
+# ---- 1. Settings: three ways to think, six ways to run a model ----------------------------------
 
 @dataclass(frozen=True)
 class Setting:
@@ -124,20 +93,18 @@ def settings_of(config: "Config") -> dict[str, Setting]:
     """The table above; --tau, --sigma-scale and --noise-at change the rows of the mode --cot."""
     table = dict(SETTINGS)
     table[f"{config.cot}_sample"] = Setting(
-        config.cot, config.tau, config.sigma_scale or 0.0, config.noise_at, config.noise_top
-    )
+        config.cot, config.tau, config.sigma_scale or 0.0, config.noise_at, config.noise_top)
     if config.cot != "hard":
         table[f"{config.cot}_greedy"] = Setting(config.cot, config.tau, 0.0)
     return table
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Config: one flag a field
-# ------------------------------------------------------------------------------------------------
-
+# ---- 2. Config: one flag a field ----------------------------------------------------------------
 
 def option(default, text: str):
     """A Config field with the help text that --help prints."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -173,28 +140,22 @@ class Config:
     data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
     resume: bool = option(False, "continue the run in --out-dir from its last saved state")
     eval_only: bool = option(False, "evaluate --model, train nothing")
-    eval_tasks: list[str] = dataclasses.field(
-        default_factory=list,
-        metadata={"help": "what to evaluate on, also math500 olympiadbench hellaswag mmlu arc"},
-    )
-    eval_settings: list[str] = dataclasses.field(
-        default_factory=lambda: list(SETTINGS),
-        metadata={"help": f"settings to evaluate: {' '.join(SETTINGS)}"},
-    )
+    report: list[str] = option([], "folders of runs: print and write a table of them, do no more")
+    eval_tasks: list[str] = option([], "also math500 olympiadbench hellaswag mmlu arc")
+    eval_settings: list[str] = option(list(SETTINGS), f"some of: {' '.join(SETTINGS)}")
     eval_k: Optional[int] = option(None, "k: samples a problem in evaluation, for pass@k")
     eval_limit: Optional[int] = option(None, "test problems to evaluate; 0 skips all evaluation")
     micro_batch: Optional[int] = option(None, "sequences in one backward pass (memory, not result)")
     dtype: Optional[Literal["fp32", "bf16-mixed", "bf16"]] = option(
-        None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic"
-    )
+        None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic")
     device: Optional[str] = option(None, "cpu, cuda, ... (default: cuda where there is one)")
     threads: Optional[int] = option(None, "CPU threads (default: PyTorch's)")
 
     def __post_init__(self):
-        at_least = {"steps": 1, "prompts": 1, "max_cot": 1, "max_answer": 1, "warmup": 0, "seed": 0}
-        at_least |= {"eval_k": 1, "eval_limit": 0, "eval_max_cot": 1, "micro_batch": 1}
-        at_least |= {"threads": 1, "noise_top": 1}
-        for name, low in at_least.items():
+        least = dict.fromkeys("steps prompts max_cot max_answer eval_k eval_max_cot".split(), 1)
+        least |= dict.fromkeys("micro_batch threads noise_top".split(), 1)
+        least |= {"warmup": 0, "seed": 0, "eval_limit": 0, "samples": 2}
+        for name, low in least.items():
             value = getattr(self, name)
             ok = value is None or value >= low
             require(ok, f"{flag(name)} {value} is too small: give {low} or more")
@@ -202,48 +163,35 @@ class Config:
             value = getattr(self, name)
             ok = value is None or (value > 0 and math.isfinite(value))
             require(ok, f"{flag(name)} {value} is not usable: give a positive number")
-        few = self.samples is not None and self.samples < 2
-        require(not few, f"--samples {self.samples} is too small: leave-one-out needs at least 2")
         for name, where in [(self.task, "--task"), *((t, "--eval-tasks") for t in self.eval_tasks)]:
             names = [*TASKS, *(CHOICES if where == "--eval-tasks" else ())]
             known = name in names or name.endswith(".jsonl")
             choices = f"choose from {', '.join(names)}, or give a .jsonl file"
             require(known, f"{where} {name} is unknown: {choices}")
-        require(
-            self.eval_only or task_named(self.task).train,
-            f"--task {self.task} has no training problems: add --eval-only, or name another task",
-        )
-        require(
-            self.cot != "hard" or self.sigma_scale is None,
-            f"--sigma-scale {self.sigma_scale} has no use with --cot hard: leave it out",
-        )
-        require(
-            self.cot != "hard" or self.noise_at == "embedding",
-            f"--noise-at {self.noise_at} has no use with --cot hard: leave it out",
-        )
-        require(
-            self.task == "toy" or self.model is not None,
-            f"--task {self.task} needs a pretrained model: add --model, a hub id or a folder",
-        )
         for name in self.eval_settings:
-            require(
-                name in SETTINGS,
-                f"--eval-settings {name} is unknown: choose from {', '.join(SETTINGS)}",
-            )
-        require(
-            not (self.eval_only and self.resume),
-            "--resume continues training, --eval-only trains nothing: leave one out",
-        )
-        require(
-            not (self.eval_only and self.eval_limit == 0),
-            "--eval-limit 0 skips all evaluation, and --eval-only does nothing else: leave one out",
-        )
-        sampled = [name for name in self.eval_settings if not SETTINGS[name].deterministic]
-        require(
-            sampled or (self.eval_k or 1) == 1,
+            choices = f"choose from {', '.join(SETTINGS)}"
+            require(name in SETTINGS, f"--eval-settings {name} is unknown: {choices}")
+        no_noise = "has no use with --cot hard: leave it out"
+        repeats = all(SETTINGS[name].deterministic for name in self.eval_settings)
+        mistakes = {  # what to say: whether it is so
+            f"--task {self.task} has no training problems: add --eval-only, or name another task":
+                not self.eval_only and not task_named(self.task).train,
+            f"--sigma-scale {self.sigma_scale} {no_noise}":
+                self.cot == "hard" and self.sigma_scale is not None,
+            f"--noise-at {self.noise_at} {no_noise}":
+                self.cot == "hard" and self.noise_at != "embedding",
+            f"--task {self.task} needs a pretrained model: add --model, a hub id or a folder":
+                self.task != "toy" and self.model is None,
+            "--resume continues training, --eval-only trains nothing: leave one out":
+                self.eval_only and self.resume,
+            "--eval-limit 0 skips all evaluation, --eval-only does nothing else: leave one out":
+                self.eval_only and self.eval_limit == 0,
             f"--eval-k {self.eval_k} is of no use to {' '.join(self.eval_settings)}, which repeat"
-            " themselves: leave it out, or add a sampled setting",
-        )
+            " themselves: leave it out, or add a sampled setting":
+                repeats and (self.eval_k or 1) > 1,
+        }  # fmt: skip
+        for message, made in mistakes.items():
+            require(not made, message)
 
 
 def flag(name: str) -> str:
@@ -262,12 +210,12 @@ def filled(config: Config) -> tuple[Config, str]:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} can't be used here ({reason}); leave it out") from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"--device {device} can't be used here ({why}); leave it out") from None
     mode = SETTINGS[f"{config.cot}_sample"]
     defaults = {
         **task.defaults,
-        "lr": task.learning_rate(config),
+        **{"lr": lr for name, lr in PAPER_LR.items() if name in (config.model or "").lower()},
         "tau": task.fuzzy_tau if config.cot == "fuzzy" else mode.tau,
         "sigma_scale": mode.noise or None,
         "eval_tasks": [task.test_on or config.task],
@@ -275,18 +223,15 @@ def filled(config: Config) -> tuple[Config, str]:
         "device": device,
         "dtype": "fp32" if device == "cpu" else "bf16-mixed",
         "threads": torch.get_num_threads(),
+        **({"eval_k": 1} if all(SETTINGS[x].deterministic for x in config.eval_settings) else {}),
     }
-    if all(SETTINGS[name].deterministic for name in config.eval_settings):
-        defaults["eval_k"] = 1
     new = {k: v for k, v in defaults.items() if getattr(config, k) in (None, []) and v is not None}
     shown = {k: " ".join(v) if isinstance(v, list) else v for k, v in new.items()}
     text = " ".join(f"{flag(k)} {v}" for k, v in shown.items())
     return dataclasses.replace(config, **new), f"filled in: {text}"
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Tasks, answers, rewards
-# ------------------------------------------------------------------------------------------------
+# ---- 3. Tasks, answers, rewards -----------------------------------------------------------------
 
 STOP = "The final answer is: "  # ends the CoT
 BOX = "\\boxed{"  # opens the answer
@@ -322,13 +267,6 @@ class Task:
     prompt: str = PROMPT
     test_on: Optional[str] = None  # the task whose test problems are meant, if not its own
     fuzzy_tau: float = SETTINGS["fuzzy_sample"].tau  # the toy learns more surely at 0.1
-
-    def learning_rate(self, config: Config) -> float:
-        """The paper's rate for the paper's models, else that of the task."""
-        for name, lr in PAPER_LR.items():
-            if config.task != "toy" and name in config.model.lower():
-                return lr
-        return self.defaults["lr"]
 
 
 PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
@@ -381,21 +319,17 @@ class Grader:
         """limit: seconds that one comparison may take."""
         self.limit, self.timeouts, self.process = limit, 0, None
 
-    def start(self) -> None:
-        """Start the process; UserError if it can't run."""
-        command = [sys.executable, "-c", inspect.getsource(judge) + "\njudge()"]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.process = subprocess.Popen(command, text=True, **pipes)
-        ready = self.process.stdout.readline()
-        require(ready, "the grader does not start: pip install -r requirements.txt")
-
     def equal(self, answer: str, gold: str) -> bool:
         """Whether two LaTeX answers are equal; False, and counted, if that takes too long."""
         answer, gold = (text.strip().removesuffix(".") for text in (answer, gold))
         if answer == gold:
             return True
         if self.process is None or self.process.poll() is not None:
-            self.start()
+            command = [sys.executable, "-c", inspect.getsource(judge) + "\njudge()"]
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self.process = subprocess.Popen(command, text=True, **pipes)
+            ready = self.process.stdout.readline()
+            require(ready, "the grader does not start: pip install -r requirements.txt")
         self.process.stdin.write(json.dumps([answer, gold]) + "\n")
         self.process.stdin.flush()
         in_time = select.select([self.process.stdout], [], [], self.limit)[0]
@@ -453,31 +387,21 @@ def olympiad_gold(row: dict) -> str:
 VALIDATION = 128  # problems held out of a training split to choose the checkpoint
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory"
 SUBJECTS += " prealgebra precalculus"
-TOY_STEP = dict(steps=100, prompts=32, samples=32, max_cot=9, max_answer=3, lr=5e-5)
-TOY_STEP |= dict(eval_max_cot=9, eval_k=32, eval_limit=128, micro_batch=1024)
 SHORT, LONG = PAPER_STEP | {"max_cot": 128}, PAPER_STEP | {"max_cot": 512}
 
 TASKS = {
-    "toy": Task((), "train", "test", plain_gold, TOY_STEP, same_number, "question", "QUESTION", None, 0.1),
-    "gsm8k": Task(
-        ("openai/gsm8k", "main"), "train", "test", plain_gold, SHORT, same_number, "question"
-    ),
-    "math": Task(
-        ("EleutherAI/hendrycks_math", *SUBJECTS.split()),
-        "train", "test", math_gold, LONG, GRADER.equal, test_on="math500",
-    ),  # fmt: skip
-    "deepscaler": Task(
-        ("agentica-org/DeepScaleR-Preview-Dataset",),
-        "train", None, plain_gold, LONG, GRADER.equal, test_on="math500",
-    ),  # fmt: skip
-    "math500": Task(
-        ("HuggingFaceH4/MATH-500",), None, "test", plain_gold, LONG, GRADER.equal
-    ),
-    "olympiadbench": Task(
-        ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP"),
-        None, "train", olympiad_gold, LONG, GRADER.equal,
-    ),  # fmt: skip
-}
+    "toy": Task((), "train", "test", plain_gold, toy_tasks.DEFAULTS, same_number, "question",
+                "QUESTION", fuzzy_tau=0.1),
+    "gsm8k": Task(("openai/gsm8k", "main"), "train", "test", plain_gold, SHORT, same_number,
+                  "question"),
+    "math": Task(("EleutherAI/hendrycks_math", *SUBJECTS.split()), "train", "test", math_gold, LONG,
+                 GRADER.equal, test_on="math500"),
+    "deepscaler": Task(("agentica-org/DeepScaleR-Preview-Dataset",), "train", None, plain_gold,
+                       LONG, GRADER.equal, test_on="math500"),
+    "math500": Task(("HuggingFaceH4/MATH-500",), None, "test", plain_gold, LONG, GRADER.equal),
+    "olympiadbench": Task(("Hothan/OlympiadBench", "OE_TO_maths_en_COMP"), None, "train",
+                          olympiad_gold, LONG, GRADER.equal),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -490,26 +414,14 @@ class Choice:
 
 
 CHOICES = {  # out of domain: only for evaluation
-    "hellaswag": Choice(
-        ("Rowan/hellaswag",),
-        "validation",
-        lambda row: (row["ctx"], row["endings"], int(row["label"])),
-    ),
-    "mmlu": Choice(
-        ("cais/mmlu", "all"),
-        "test",
-        lambda row: (f"Question: {row['question']}\nAnswer:", row["choices"], int(row["answer"])),
-    ),
-    "arc": Choice(
-        ("allenai/ai2_arc", "ARC-Challenge"),
-        "test",
-        lambda row: (
-            f"Question: {row['question']}\nAnswer:",
-            row["choices"]["text"],
-            row["choices"]["label"].index(row["answerKey"]),
-        ),
-    ),
-}
+    "hellaswag": Choice(("Rowan/hellaswag",), "validation", lambda row: (
+        row["ctx"], row["endings"], int(row["label"]))),
+    "mmlu": Choice(("cais/mmlu", "all"), "test", lambda row: (
+        f"Question: {row['question']}\nAnswer:", row["choices"], int(row["answer"]))),
+    "arc": Choice(("allenai/ai2_arc", "ARC-Challenge"), "test", lambda row: (
+        f"Question: {row['question']}\nAnswer:", row["choices"]["text"],
+        row["choices"]["label"].index(row["answerKey"]))),
+}  # fmt: skip
 
 
 def task_named(name: str) -> Task:
@@ -550,11 +462,9 @@ def read_rows(config: Config, name: str, split: str) -> list[dict]:
     try:
         loaded = [datasets.load_dataset(hub, part, split=hub_split) for part in parts or [None]]
     except Exception as error:  # no network, wrong cache, no such set: the same advice helps
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{name}: could not load {hub} from the hub ({reason}); with --data-dir DIR it is read"
-            f" from DIR/{name}/{split}.jsonl"
-        ) from None
+        why = f"could not load {hub} from the hub ({str(error).splitlines()[0]})"
+        advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
+        raise UserError(f"{name}: {why}; {advice}") from None
     return [row for rows in loaded for row in rows]
 
 
@@ -568,13 +478,12 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     whole = "test" if split == "test" and task.test else "train"
     rows, problems, seen, answerless = read_rows(config, name, whole), [], set(), 0
     for i, row in enumerate(rows):
+        where = f"{name} {whole}: row {i + 1}"
         question = row.get(task.question, row.get("question"))
-        ok = isinstance(question, str)
-        require(ok, f"{name} {whole}: row {i + 1} has no text in its field {task.question}")
+        require(isinstance(question, str), f"{where} has no text in its field {task.question}")
         try:
             gold = task.gold(row)
         except (KeyError, TypeError, AttributeError) as error:
-            where = f"{name} {whole}: row {i + 1}"
             raise UserError(f"{where} has no readable answer ({error})") from None
         if gold and question not in seen:
             prompt = task.prompt.replace("QUESTION", question)
@@ -593,10 +502,7 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     return problems
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Policy: a causal language model and its tokenizer
-# ------------------------------------------------------------------------------------------------
-
+# ---- 4. Policy: a causal language model and its tokenizer ---------------------------------------
 
 @dataclass
 class Policy:
@@ -607,18 +513,9 @@ class Policy:
     mixed: bool = False  # bf16 arithmetic on fp32 weights
     pieces: dict[int, str] = dataclasses.field(default_factory=dict)  # cache of piece()
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
-
     def arithmetic(self):
         """The context in which rollout and loss both run the model."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
-
-    def trunk(self, **inputs):
-        """The model without its head, run on what it is given; .last_hidden_state is [N, L, H]."""
-        return self.model.base_model(**inputs)
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed)
 
     def embeddings(self) -> Tensor:
         """E [V, D], with gradient: the embeddings as the model computes them from token ids.
@@ -628,7 +525,7 @@ class Policy:
         embed = self.model.get_input_embeddings()
         if type(embed) is nn.Embedding:
             return embed.weight
-        return embed(torch.arange(embed.num_embeddings, device=self.device))
+        return embed(torch.arange(embed.num_embeddings, device=self.model.device))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of token ids [...]."""
@@ -652,7 +549,7 @@ class Policy:
         """Padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
         batch = self.tokenizer(
             texts, padding=True, padding_side=pad, return_tensors="pt", add_special_tokens=special
-        ).to(self.device)
+        ).to(self.model.device)
         return batch.input_ids, batch.attention_mask.bool()
 
     def piece(self, token: int) -> str:
@@ -667,9 +564,8 @@ class Policy:
 
     def decode(self, ids) -> str:
         """Text of token ids, without special tokens."""
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        clean = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, **clean)
 
 
 def load_policy(config: Config, source: str) -> Policy:
@@ -680,26 +576,21 @@ def load_policy(config: Config, source: str) -> Policy:
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except Exception as error:  # no such model, half a download, wrong sizes: the same advice helps
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(
-            f"--model {source}: could not be loaded ({reason}); give a hub id, or a folder with"
-            " config.json, weights and tokenizer"
-        ) from None
+        advice = "give a hub id, or a folder with config.json, weights and tokenizer"
+        raise UserError(f"--model {source}: could not be loaded ({reason}); {advice}") from None
     require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
     with torch.no_grad():
-        token = torch.tensor([[tokenizer.eos_token_id]], device=policy.device)
-        ours, own = policy.head(policy.trunk(input_ids=token).last_hidden_state), model(token).logits
-    known = ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)
-    require(known, f"--model {source}: its logits are not those of Policy.head(), which must know how")
+        token = torch.tensor([[tokenizer.eos_token_id]], device=policy.model.device)
+        ours = policy.head(policy.model.base_model(input_ids=token).last_hidden_state)
+        known = torch.allclose(ours, model(token).logits, rtol=1e-2, atol=1e-2)
+    require(known, f"--model {source}: Policy.head() does not know how it makes its logits")
     return policy
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Soft tokens: mixture, noise, densities
-# ------------------------------------------------------------------------------------------------
-
+# ---- 5. Soft tokens: mixture, noise, densities --------------------------------------------------
 
 def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
     """h = p E with p = softmax(logits / tau): the mean embedding under p   (eqs 3, 5).
@@ -743,22 +634,19 @@ def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
 
-def noised(hidden: Tensor, logits: Tensor, s: Setting, E: Tensor, top: Optional[Tensor]) -> Tensor:
-    """The quantity that noise is added to, before it is: the mean of the Gaussian.
+def noised(hidden: Tensor, logits: Tensor, setting: Setting, E: Tensor, top=None) -> tuple:
+    """What noise is added to, before it is (the mean of the Gaussian), and top.
 
     The paper's method is "embedding", h = p E [..., D]. Its ablations: "hidden", what the head
-    reads [..., H]; "logits" [..., V]; "topk-logits", those at the indices top [..., k].
+    reads [..., H]; "logits" [..., V]; "topk-logits", those at the indices top [..., k], by default
+    the highest ones.
     """
-    if s.noise_at == "hidden":
-        return hidden
-    if s.noise_at == "embedding":
-        return mixture(logits, s.tau, E)
-    return logits if s.noise_at == "logits" else logits.gather(-1, top)
-
-
-def highest(logits: Tensor, setting: Setting) -> Optional[Tensor]:
-    """Indices [N, k] of the k highest logits [N, V] where these get the noise, else None."""
-    return logits.topk(setting.noise_top).indices if setting.noise_at == "topk-logits" else None
+    if setting.noise_at == "topk-logits":
+        top = logits.topk(setting.noise_top).indices if top is None else top
+        return logits.gather(-1, top), top
+    if setting.noise_at == "embedding":
+        return mixture(logits, setting.tau, E), None
+    return (hidden if setting.noise_at == "hidden" else logits), None
 
 
 @dataclass
@@ -773,13 +661,11 @@ class Thought:
     top: Optional[Tensor] = None  # [N, k] which logits it is made of, for topk-logits
 
 
-def next_input(
-    policy: "Policy", hidden: Tensor, setting: Setting, E: Tensor, sigma: float, eps, u: Tensor
-) -> Thought:
+def next_input(policy: Policy, hidden, setting: Setting, E, sigma: float, eps, u) -> Thought:
     """The next CoT input, made from the last hidden state.
 
     hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6).
-    hidden [N, H], eps [N, K] or None, u [N] in [0, 1).
+    hidden [N, H], E [V, D], eps [N, K] normal (unused if sigma is 0), u [N] in [0, 1).
     """
     logits = policy.head(hidden)  # [N, V]
     none = torch.zeros(len(logits), device=logits.device)
@@ -787,8 +673,7 @@ def next_input(
         token = sample_token(logits, setting.tau, u)
         logp = categorical_logp(token, logits, setting.tau) if setting.tau else none
         return Thought(E[token], token, logp, entropy(logits))
-    top = highest(logits, setting)
-    mean = noised(hidden, logits, setting, E, top)  # [N, K]
+    mean, top = noised(hidden, logits, setting, E)  # [N, K]
     z = mean + sigma * eps.to(mean.dtype) if sigma else mean
     logp = gaussian_logp(z, mean, sigma) if sigma else none
     H = entropy(logits)
@@ -824,10 +709,7 @@ def draw(seeds: list[int], T: int, A: int, K: int, device) -> tuple[Tensor, Tens
     return torch.stack(uniform), torch.stack(normal)
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Rollout: think, then answer
-# ------------------------------------------------------------------------------------------------
-
+# ---- 6. Rollout: think, then answer -------------------------------------------------------------
 
 @dataclass
 class Rollout:
@@ -855,14 +737,13 @@ class Rollout:
 
     def rows(self, index: Tensor) -> "Rollout":
         """The rows that index [M] selects, as a view for one micro-batch."""
-        picked = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        def pick(value):
+            """The rows of one field."""
             if isinstance(value, Tensor):
-                picked[field.name] = value[index]
-            elif isinstance(value, list):
-                picked[field.name] = [value[i] for i in index.tolist()]
-        return dataclasses.replace(self, **picked)
+                return value[index]
+            return [value[i] for i in index.tolist()] if isinstance(value, list) else value
+
+        return dataclasses.replace(self, **{name: pick(v) for name, v in vars(self).items()})
 
 
 class Decoder:
@@ -875,18 +756,15 @@ class Decoder:
         self.mask = None  # [N, columns so far]
 
     def feed(self, mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; hidden states [N, H] of the last.
+        """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; last hidden states [N, H].
 
         mask [N, C] is True on real tokens; only those are attended to and counted as positions.
         """
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
-        out = self.policy.trunk(
-            **inputs,
-            attention_mask=self.mask.long(),
+        out = self.policy.model.base_model(
+            **inputs, attention_mask=self.mask.long(), past_key_values=self.cache, use_cache=True,
             position_ids=positions(self.mask)[:, -mask.shape[1] :],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        )  # fmt: skip
         return out.last_hidden_state[:, -1]
 
     def repeat(self, G: int) -> None:
@@ -904,22 +782,22 @@ class Decoder:
 
 
 def joined(parts: list[tuple[Tensor, Decoder]]) -> Decoder:
-    """One decoder of the row numbers [M] and decoders in parts, the shorter ones padded at the end."""
+    """One decoder of parts, each with its row numbers [M]; shorter ones are padded at the end."""
     order = torch.cat([index for index, _ in parts]).argsort()
     decoders = [decoder for _, decoder in parts]
-    whole, L = decoders[-1], max(decoder.mask.shape[1] for decoder in decoders)
+    columns = max(decoder.mask.shape[1] for decoder in decoders)
 
-    def join(tensors: list[Tensor], dim: int) -> Tensor:
-        """Pad dim to L columns and put the rows in order."""
-        after = [0] * (2 * (tensors[0].dim() - dim) - 1)
-        padded = [nn.functional.pad(t, after + [L - t.shape[dim]]) for t in tensors]
+    def join(tensors: list[Tensor], *after: int) -> Tensor:
+        """All rows in order, the dimension that has `after` behind it padded to all columns."""
+        dim = 1 if not after else 2
+        padded = [nn.functional.pad(t, (*after, 0, columns - t.shape[dim])) for t in tensors]
         return torch.cat(padded)[order]
 
-    whole.mask = join([decoder.mask for decoder in decoders], 1)
-    for i, layer in enumerate(whole.cache.layers):
-        layers = [decoder.cache.layers[i] for decoder in decoders]
-        layer.keys = join([one.keys for one in layers], 2)
-        layer.values = join([one.values for one in layers], 2)
+    whole = decoders[-1]
+    whole.mask = join([decoder.mask for decoder in decoders])
+    for layer, *layers in zip(whole.cache.layers, *(d.cache.layers for d in decoders)):
+        layer.keys = join([part.keys for part in layers], 0, 0)
+        layer.values = join([part.values for part in layers], 0, 0)
     return whole
 
 
@@ -930,13 +808,8 @@ def positions(mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rollout(
-    policy: Policy,
-    prompts: list[str],
-    seeds: list[int],
-    setting: Setting,
-    max_cot: int,
-    max_answer: int,
-    answer_tau: float,
+    policy: Policy, prompts: list[str], seeds: list[int], setting: Setting, max_cot: int,
+    max_answer: int, answer_tau: float,
 ) -> Rollout:
     """Let the policy think about each prompt and answer it; no gradient is recorded.
 
@@ -949,23 +822,16 @@ def rollout(
     with policy.arithmetic():
         decoder = Decoder(policy)
         hidden = decoder.feed(mask, input_ids=ids)  # [B, H]
-        logits = policy.head(hidden)  # [B, V]
-        quantity = noised(hidden, logits, setting, E, highest(logits, setting))  # [B, K]
+        quantity, _ = noised(hidden, policy.head(hidden), setting, E)  # [B, K]
         sigma = setting.noise * rms(E if setting.noise_at == "embedding" else quantity)
         K = quantity.shape[1] if sigma else 0
-        u, eps = draw(seeds, max_cot, max_answer, K, policy.device)
+        u, eps = draw(seeds, max_cot, max_answer, K, policy.model.device)
         decoder.repeat(G)
         hidden = hidden.repeat_interleave(G, dim=0)  # [N, H]
         cot, decoder = think(decoder, hidden, setting, E, sigma, eps, u[:, :max_cot])
         answer = give_answer(decoder, cot, answer_tau, u[:, max_cot:])
-    return Rollout(
-        setting,
-        sigma,
-        ids.repeat_interleave(G, dim=0),
-        mask.repeat_interleave(G, dim=0),
-        **cot,
-        **answer,
-    )
+    ids, mask = ids.repeat_interleave(G, dim=0), mask.repeat_interleave(G, dim=0)  # [N, P]
+    return Rollout(setting, sigma, ids, mask, **cot, **answer)
 
 
 def think(decoder, hidden, setting, E, sigma, eps, u) -> tuple[dict, Decoder]:
@@ -986,6 +852,7 @@ def think(decoder, hidden, setting, E, sigma, eps, u) -> tuple[dict, Decoder]:
         thought = next_input(policy, hidden, setting, E, sigma, eps[here, t], u[here, t])
         columns.append((here, alive, thought))
         hidden = decoder.feed(alive[:, None], inputs_embeds=thought.x[:, None])
+        thought.x = None if setting.hard else thought.x  # the token says it all
         goes_on = alive.tolist()
         for m, (n, token) in enumerate(zip(here.tolist(), thought.token.tolist())):
             if goes_on[m]:
@@ -1001,21 +868,20 @@ def think(decoder, hidden, setting, E, sigma, eps, u) -> tuple[dict, Decoder]:
             decoder = decoder.rows(alive)
             here, hidden, alive = here[alive], hidden[alive], alive[alive]
 
-    def whole(values: list[Tensor]) -> Optional[Tensor]:
+    def whole(values: list[Optional[Tensor]]) -> Optional[Tensor]:
         """[N, T, ...] of the values [M, ...] of each position; 0 for rows that had left."""
-        if values[0] is None:
-            return None
-        out = values[0].new_zeros(N, len(values), *values[0].shape[1:])
-        for t, value in enumerate(values):
-            out[columns[t][0], t] = value
-        return out
+        if values[0] is not None:
+            out = values[0].new_zeros(N, len(values), *values[0].shape[1:])
+            for t, value in enumerate(values):
+                out[columns[t][0], t] = value
+            return out
 
     mask = whole([alive for _, alive, _ in columns])
-    names = [field.name for field in dataclasses.fields(Thought)]
-    x, ids, logp, H, noisy, top = (whole([getattr(c[2], name) for c in columns]) for name in names)
+    thoughts = zip(*(vars(thought).values() for _, _, thought in columns))
+    x, ids, logp, H, noisy, top = map(whole, thoughts)
     # Not `texts`: a character may be made of several tokens, which only read well together.
     cots = [policy.decode(row[kept]) for row, kept in zip(ids, mask)]
-    cot = dict(cot_ids=ids, cot_inputs=None if setting.hard else x, cot_noisy=noisy, cot_top=top)
+    cot = dict(cot_ids=ids, cot_inputs=x, cot_noisy=noisy, cot_top=top)
     cot |= dict(cot_mask=mask, cot_logp=logp * mask, cot_entropy=H * mask)
     cot |= dict(cots=cots, stopped=stopped)
     return cot, joined([*left, (here, decoder)])
@@ -1056,10 +922,7 @@ def give_answer(decoder, cot, tau, u) -> dict:
     return answer | dict(prefill_ids=prefill_ids, prefill_mask=prefill_mask)
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. Log-probabilities, advantages, loss
-# ------------------------------------------------------------------------------------------------
-
+# ---- 7. Log-probabilities, advantages, loss -----------------------------------------------------
 
 def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
     """log pi of every CoT position [N, T] and answer token [N, A] of a rollout, with gradient.
@@ -1082,7 +945,7 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
         logits = policy.head(hidden)
         if r.setting.hard:
             return categorical_logp(tokens, logits, r.setting.tau)
-        return gaussian_logp(noisy, noised(hidden, logits, r.setting, E, top), r.sigma)
+        return gaussian_logp(noisy, noised(hidden, logits, r.setting, E, top)[0], r.sigma)
 
     def answer_logp(hidden, tokens) -> Tensor:
         """log pi of answer tokens: hidden [M, H] before them -> [M]."""
@@ -1090,12 +953,10 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
 
     noisy = r.cot_inputs if r.cot_noisy is None else r.cot_noisy
     with policy.arithmetic():
-        hidden = policy.trunk(
-            inputs_embeds=inputs,
-            attention_mask=mask.long(),
-            position_ids=positions(mask),
+        hidden = policy.model.base_model(
+            inputs_embeds=inputs, attention_mask=mask.long(), position_ids=positions(mask),
             use_cache=False,
-        ).last_hidden_state[:, columns.to(policy.device)]  # [N, T+A, H]
+        ).last_hidden_state[:, columns.to(policy.model.device)]  # [N, T+A, H]  # fmt: skip
         thought = (hidden[:, :T], r.cot_ids, noisy, r.cot_top)
         cot = in_chunks(thought_logp, E.shape[0], r.cot_mask, *thought)
         answer = in_chunks(answer_logp, E.shape[0], r.answer_mask, hidden[:, T:], r.answer_ids)
@@ -1144,10 +1005,7 @@ def policy_gradient(
     return {"loss": loss, "logp_gap": gap}
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. Evaluation
-# ------------------------------------------------------------------------------------------------
-
+# ---- 8. Evaluation ------------------------------------------------------------------------------
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c,k)/C(n,k).
@@ -1186,11 +1044,7 @@ def evaluate_batch(
 
 
 def evaluate(
-    policy: Policy,
-    problems: list[Problem],
-    setting: Setting,
-    config: Config,
-    n: int,
+    policy: Policy, problems: list[Problem], setting: Setting, config: Config, n: int,
     log: Optional[Path] = None,
 ) -> dict:
     """pass@1, 2, 4, ... n of a setting with n samples a problem (1 if it is deterministic).
@@ -1204,9 +1058,10 @@ def evaluate(
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
     size = max(1, rows // n)
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    lengths = (config.eval_max_cot, config.max_answer, config.seed)
     texts = [(problem.prompt, problem.gold) for problem in ordered]
-    key = fingerprint(policy.model, setting, n, size, lengths, texts) if log else ""
+    same = [n, size, config.eval_max_cot, config.max_answer, config.seed, setting, texts]
+    same += [w.detach().double().sum().item() for w in policy.model.parameters() if log]
+    key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
     old = read_jsonl(log) if log and log.exists() else []
     done = {row["batch"]: row for row in old if row["key"] == key}
     for i, batch in enumerate(tqdm(batches, leave=False, disable=not log)):
@@ -1234,12 +1089,6 @@ def evaluate(
     }
 
 
-def fingerprint(model: nn.Module, *things) -> str:
-    """A text that differs if a weight of the model or one of the things does."""
-    weights = [w.detach().double().sum().item() for w in model.parameters()]
-    return hashlib.sha256(repr((weights, things)).encode()).hexdigest()[:16]
-
-
 @torch.no_grad()
 def option_logp(policy: Policy, questions: list[str], options: list[str]) -> Tensor:
     """Mean log-probability per token, in nats, of each option after its question: [rows].
@@ -1248,16 +1097,14 @@ def option_logp(policy: Policy, questions: list[str], options: list[str]) -> Ten
     """
     ids, mask = policy.tokenize(questions)  # [rows, P]
     option_ids, option_mask = policy.tokenize(options, special=False, pad="right")  # [rows, O]
-    P, O = ids.shape[1], option_ids.shape[1]
+    P = ids.shape[1]
     mask = torch.cat([mask, option_mask], dim=1)
     with policy.arithmetic():
-        logits = policy.model(
-            input_ids=torch.cat([ids, option_ids], dim=1),
-            attention_mask=mask.long(),
-            position_ids=positions(mask),
-            use_cache=False,
-            logits_to_keep=torch.arange(P - 1, P + O - 1, device=policy.device),
-        ).logits  # [rows, O, V]
+        hidden = policy.model.base_model(
+            input_ids=torch.cat([ids, option_ids], dim=1), attention_mask=mask.long(),
+            position_ids=positions(mask), use_cache=False,
+        ).last_hidden_state  # [rows, P+O, H]  # fmt: skip
+        logits = policy.head(hidden[:, P - 1 : -1])  # [rows, O, V]
     logp = categorical_logp(option_ids, logits, tau=1.0) * option_mask
     return logp.sum(1) / option_mask.sum(1)
 
@@ -1268,19 +1115,15 @@ def evaluate_choices(policy: Policy, name: str, config: Config) -> dict:
     The model's choice is the option with the highest log-probability per token.
     """
     rows = read_rows(config, name, CHOICES[name].test)[: config.eval_limit]
-    right, nll = [], []
+    scores = {"accuracy": [], "nll": []}
     for row in tqdm(rows, desc=name, leave=False):
         question, options, answer = CHOICES[name].read(row)
         logp = option_logp(policy, [question] * len(options), [" " + o for o in options])
-        right.append(logp.argmax().item() == answer)
-        nll.append(-logp[answer].item())
-    error = {"accuracy": np.std(right), "nll": np.std(nll)}
-    return {
-        "problems": len(rows),
-        "accuracy": float(np.mean(right)),
-        "nll": float(np.mean(nll)),
-        "error": {key: float(sd / max(1, len(rows) - 1) ** 0.5) for key, sd in error.items()},
-    }
+        scores["accuracy"].append(logp.argmax().item() == answer)
+        scores["nll"].append(-logp[answer].item())
+    error = {key: np.std(x) / max(1, len(x) - 1) ** 0.5 for key, x in scores.items()}
+    means = {key: float(np.mean(x)) for key, x in scores.items()}
+    return {"problems": len(rows), **means, "error": {k: float(e) for k, e in error.items()}}
 
 
 def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> list[dict]:
@@ -1288,17 +1131,16 @@ def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> list
     table = settings_of(config)
     records = read_json(path) if path.exists() else []
 
-    def record(task: str, setting: str, scores: dict) -> None:
-        """Put the scores in place of older ones of the same name, and save."""
-        row = {"stage": stage, "task": task, "setting": setting, **scores}
-        named = list(row.values())[:3]
-        records[:] = [old for old in records if list(old.values())[:3] != named] + [row]
+    def record(*name: str, **scores) -> None:
+        """Put the scores of a task and setting in place of older ones, and save."""
+        row = dict(zip(("stage", "task", "setting"), (stage, *name)), **scores)
+        records[:] = [old for old in records if list(old.values())[:3] != [stage, *name]] + [row]
         write_json(path, records)
 
     for task in config.eval_tasks:
         if task in CHOICES:
             scores = evaluate_choices(policy, task, config)
-            record(task, "teacher_forced", scores)
+            record(task, "teacher_forced", **scores)
             line = "{problems} {task} problems, accuracy {accuracy:.3f}, {nll:.3f} nats per token"
             print(f"\n{stage}:", line.format(task=task, **scores), "of the right answer")
             continue
@@ -1308,7 +1150,7 @@ def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> list
         for name in config.eval_settings:
             log = path.with_name("eval_batches.jsonl")
             scores = evaluate(policy, problems, table[name], config, config.eval_k, log)
-            record(task, name, scores)
+            record(task, name, **scores)
             n, ks = scores["n"], scores["k"]
             print(
                 f"{name:14} {ks['1']:7.3f} {scores['k_error']['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
@@ -1317,10 +1159,7 @@ def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> list
     return records
 
 
-# ------------------------------------------------------------------------------------------------
-# 9. Files and figures
-# ------------------------------------------------------------------------------------------------
-
+# ---- 9. Files and figures -----------------------------------------------------------------------
 
 def read_json(path: Path):
     """The content of a JSON file."""
@@ -1340,12 +1179,6 @@ def append_jsonl(path: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def save_model(policy: Policy, folder: Path) -> None:
-    """Save weights and tokenizer: from_pretrained(folder) opens them like any other model."""
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
-
-
 def save_state(path: Path, policy: Policy, optimizer, schedule, step: int, best: float) -> None:
     """Save all that --resume needs; data order and noise follow from (seed, step) alone."""
     state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -1358,7 +1191,7 @@ def save_state(path: Path, policy: Policy, optimizer, schedule, step: int, best:
 def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, float]:
     """Put a saved state back; return the step it was saved after and the best score till then."""
     require(path.is_file(), f"--resume: there is no saved state {path}; start without --resume")
-    state = torch.load(path, map_location=policy.device, weights_only=True)
+    state = torch.load(path, map_location=policy.model.device, weights_only=True)
     policy.model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
@@ -1371,22 +1204,16 @@ COLORS = {"base": "#7f7f7f", "hard": "#0072b2", "soft": "#d55e00", "fuzzy": "#00
 def plot_curves(out: Path, cot: str) -> None:
     """curves.png from metrics.jsonl: what to look at first when a run does not learn."""
     rows = read_jsonl(out / "metrics.jsonl")
-    panels = {
-        "success": "success rate",
-        "cot_len": "CoT length (tokens)",
-        "cot_entropy": "CoT entropy (nats)",
-        "mixed_groups": "groups with mixed rewards",
-    }
+    steps, width = [row["step"] for row in rows], max(1, len(rows) // 20)
+    panels = {"success": "success rate", "cot_len": "CoT length (tokens)"}
+    panels |= {"cot_entropy": "CoT entropy (nats)", "mixed_groups": "groups with mixed rewards"}
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(2, 2).flat, panels.items()):
-        steps, values = [row["step"] for row in rows], np.array([row[key] for row in rows])
-        width = max(1, len(values) // 20)
-        sums = np.cumsum(np.insert(values, 0, 0.0))
-        smooth = (sums[width:] - sums[:-width]) / width  # mean of the last `width` steps
+        values = [row[key] for row in rows]
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         axes.plot(steps, values, color=COLORS[cot], alpha=0.25)
         axes.plot(steps[width - 1 :], smooth, color=COLORS[cot])
-        axes.set(xlabel="step", ylabel=label)
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="step", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.suptitle(f"{cot} training; thick line: mean of {width} steps")
     figure.savefig(out / "curves.png", dpi=110)
@@ -1397,21 +1224,18 @@ def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     rows = [row for row in read_json(out / "eval.json") if row["task"] == task]
     latest = {(row["setting"], row["stage"]): row["k"] for row in rows}
-    names = [name for name in SETTINGS if any(name == key[0] for key in latest)]
-    sampled = [name for name in names if not SETTINGS[name].deterministic]
-    if not sampled:
+    names = [n for n in SETTINGS if (n, "trained") in latest and not SETTINGS[n].deterministic]
+    if not names:
         return
-    for axes, name in zip(figure.subplots(1, len(sampled), sharey=True, squeeze=False)[0], sampled):
-        for stage, style, below in (("base", "--", True), (f"{cot}-trained", "-", False)):
-            row = latest.get((name, stage.split("-")[-1]))
-            if row is None:
-                continue
-            ks, values = [int(k) for k in row], list(row.values())
-            color = COLORS[stage.split("-")[0]]
-            axes.plot(ks, values, style, color=color, marker="o", markersize=4)
-            at, shift = (ks[len(ks) // 2], values[len(ks) // 2]), (4, -14) if below else (-4, 6)
-            align = "left" if below else "right"
-            axes.annotate(stage, at, shift, textcoords="offset points", ha=align, color=color)
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
+        for stage, style, label, shift in (("base", "--", "base", -14), ("trained", "-", cot, 6)):
+            if (name, stage) in latest:
+                ks, values = [int(k) for k in latest[name, stage]], [*latest[name, stage].values()]
+                axes.plot(ks, values, style, color=COLORS[label], marker="o", markersize=4)
+                middle = (ks[len(ks) // 2], values[len(ks) // 2])
+                text = label if label == "base" else f"{cot}-trained"
+                axes.annotate(text, middle, (4, shift), textcoords="offset points",
+                              color=COLORS[label], ha="left" if shift < 0 else "right")  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set(title=name, xlabel="k", ylim=(0, 1.05))
@@ -1420,10 +1244,54 @@ def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
     figure.savefig(out / "pass_at_k.png", dpi=110)
 
 
-# ------------------------------------------------------------------------------------------------
-# 10. Training
-# ------------------------------------------------------------------------------------------------
+# Model, trained on, tested on, then base, hard, fuzzy, soft with hard inference, in %:
+# greedy pass@1 / sampled pass@1 / sampled pass@32.
+PAPER = """llama-3.2-3b gsm8k gsm8k 71.4/45.0/96.8 75.9/74.3/94.1 76.7/66.4/97.4 77.2/70.6/97.9
+llama-3.2-3b gsm8k math500 38.0/25.2/82.0 34.6/31.3/72.4 42.6/32.4/83.2 43.5/37.2/84.8
+llama-3.2-3b math math500 38.0/25.2/82.0 49.1/47.8/78.7 48.5/37.3/81.5 44.5/38.9/82.2
+llama-3.1-8b gsm8k gsm8k 82.6/64.9/98.5 81.2/80.7/95.1 83.7/73.1/98.2 82.6/73.3/98.3
+llama-3.1-8b gsm8k math500 44.4/31.1/79.8 20.2/19.8/45.4 44.6/33.8/83.1 44.7/34.8/83.9
+qwen2.5-3b math math500 29.0/25.5/81.0 59.0/57.1/83.6 58.1/55.5/84.4 54.7/52.2/84.4"""
 
+
+def report(folders: list[str]) -> str:
+    """A Markdown table of runs: mean, standard deviation and number of seeds; [the paper's figure].
+
+    In %, NLL in nats per token. A base that several runs evaluated with one seed counts once.
+    """
+    columns, paper = ["base", "hard", "fuzzy", "soft"], [x.split() for x in PAPER.splitlines()]
+    in_paper = [("hard_greedy", "pass@1"), ("hard_sample", "pass@1"), ("hard_sample", "pass@32")]
+    cells = {}  # (model, trained on, tested on, setting, metric) -> column -> seed -> value
+    for folder in map(Path, folders):
+        there = (folder / "eval.json").is_file() and (folder / "config.json").is_file()
+        require(there, f"--report {folder}: holds no eval.json and config.json of a run")
+        config = read_json(folder / "config.json")
+        for row in read_json(folder / "eval.json"):
+            passed = row.get("k", {})
+            scores = {f"pass@{k}": 100 * passed[k] for k in passed if int(k) in (1, row["n"])}
+            scores |= {"accuracy": 100 * row["accuracy"], "NLL": row["nll"]} if not passed else {}
+            column = "base" if row["stage"] == "base" else config["cot"]
+            for metric, value in scores.items():
+                run = (config["model"] or "toy", config["task"], row["task"], row["setting"])
+                run += (metric,)
+                cells.setdefault(run, {}).setdefault(column, {})[config["seed"]] = value
+    names = ["model", "trained on", "tested on", "setting", "metric", *columns]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for run, found in cells.items():
+        texts = []
+        for column in columns:
+            values = list(found.get(column, {}).values())
+            spread = f" ± {np.std(values, ddof=1):.2f} ({len(values)})" if len(values) > 1 else ""
+            texts.append(f"{np.mean(values):.2f}{spread}" if values else "-")
+            for name, *tasks in paper if run[3:] in in_paper else ():
+                if name in run[0].lower() and tuple(tasks[:2]) == run[1:3]:
+                    theirs = tasks[2 + columns.index(column)].split("/")[in_paper.index(run[3:])]
+                    texts[-1] += f" [paper {theirs}]"
+        lines.append(f"| {' | '.join((Path(run[0]).name, *run[1:], *texts))} |")
+    return "\n".join(lines) + "\n"
+
+
+# ---- 10. Training -------------------------------------------------------------------------------
 
 def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> list[Problem]:
     """The B problems of a step: a fresh shuffle each epoch, as a function of (seed, step) alone."""
@@ -1444,18 +1312,15 @@ def train_step(
     """
     start = time.perf_counter()
     setting = settings_of(config)[f"{config.cot}_sample"]
-    seeds = [
-        row_seed(config.seed, 0, step, problem.id, g)
-        for problem in problems
-        for g in range(config.samples)
-    ]
+    samples = [(problem.id, g) for problem in problems for g in range(config.samples)]
+    seeds = [row_seed(config.seed, 0, step, *sample) for sample in samples]
     prompts = [problem.prompt for problem in problems]
     r = rollout(policy, prompts, seeds, setting, config.max_cot, config.max_answer, 1.0)
     rewards = rewards_of(r, problems)  # [B, G]
     rolled = time.perf_counter()
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
-    stats = policy_gradient(policy, r, advantages.to(policy.device), config.micro_batch)
+    stats = policy_gradient(policy, r, advantages.to(policy.model.device), config.micro_batch)
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM)
     lr = schedule.get_last_lr()[0]
     optimizer.step()
@@ -1473,11 +1338,8 @@ def train_step(
         "stop_rate": float(np.mean(r.stopped)),
         "grader_timeouts": GRADER.timeouts,
         "cot_entropy": (r.cot_entropy.sum() / r.cot_mask.sum()).item(),
-        **stats,
-        "grad_norm": norm.item(),
-        "lr": lr,
-        "rollout_s": rolled - start,
-        "train_s": trained - rolled,
+        **stats, "grad_norm": norm.item(), "lr": lr,
+        "rollout_s": rolled - start, "train_s": trained - rolled,
         "tokens_per_s": tokens / (rolled - start),
     }
     return metrics, r, rewards
@@ -1491,13 +1353,12 @@ def checkpoint(
     held_out: validation problems, run greedily in the trained mode; if there are none, the latest
     model counts as the best. saved: optimizer and schedule.
     """
-    score = float(step)
-    if held_out:
-        score = evaluate(policy, held_out, settings_of(config)[f"{config.cot}_greedy"], config, 1)
-        score = score["k"]["1"]
+    greedy = settings_of(config)[f"{config.cot}_greedy"]
+    score = evaluate(policy, held_out, greedy, config, 1)["k"]["1"] if held_out else float(step)
     if score > best:
         best = score
-        save_model(policy, out / "model")
+        policy.model.save_pretrained(out / "model")  # an ordinary folder for from_pretrained()
+        policy.tokenizer.save_pretrained(out / "model")
     save_state(out / "state.pt", policy, *saved, step, best)
     return best
 
@@ -1516,8 +1377,7 @@ def train(policy: Policy, config: Config, out: Path) -> None:
     problems = load_problems(config, config.task, "train")
     held_out = load_problems(config, config.task, "validation")[: config.eval_limit]
     optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0
-    )
+        policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
     saved = (optimizer, schedule)
     if config.resume:
@@ -1545,16 +1405,12 @@ def forget_after(out: Path, step: int) -> None:
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------
-# 11. Main
-# ------------------------------------------------------------------------------------------------
-
+# ---- 11. Main -----------------------------------------------------------------------------------
 
 def parse(arguments: list[str]) -> Config:
     """Config from command-line arguments; UserError on an unknown flag or a bad value."""
     parser = transformers.HfArgumentParser(
-        Config, allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0]
-    )
+        Config, allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0])
 
     def fail(message: str):
         """In place of argparse's own error, which prints the usage and exits."""
@@ -1562,8 +1418,7 @@ def parse(arguments: list[str]) -> Config:
 
     parser.error = fail
     config, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
+        arguments, return_remaining_strings=True, look_for_args_file=False)
     require(not unknown, f"{' '.join(unknown)}: no such flag; --help lists them all")
     return config
 
@@ -1577,8 +1432,7 @@ def prepare(config: Config) -> Path:
         require(there, f"--resume: {out} holds no run; leave --resume out")
         old = read_json(out / "config.json")
         changed = [flag(k) for k in new if k not in FREE_TO_CHANGE and new[k] != old.get(k)]
-        names = " ".join(changed)
-        require(not changed, f"--resume: {out} was started with other values of {names}")
+        require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1586,13 +1440,18 @@ def prepare(config: Config) -> Path:
     if not config.resume and not config.eval_only:
         for name in ("metrics.jsonl", "samples.jsonl", "eval.json", "state.pt"):
             (out / name).unlink(missing_ok=True)
-    if not config.eval_only:
+    if not config.eval_only or not (out / "config.json").exists():
         write_json(out / "config.json", new)
     return out
 
 
 def run(config: Config) -> str:
     """What the program does; returns its last line."""
+    if config.report:
+        table, path = report(config.report), Path(config.out_dir or "runs") / "report.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(table, encoding="utf-8")
+        return f"{table}written to {path}"
     config, filled_in = filled(config)
     print(filled_in)
     torch.set_num_threads(config.threads)
@@ -1606,22 +1465,21 @@ def run(config: Config) -> str:
         evaluate_all(policy, config, "base", out / "eval.json")
     train(policy, config, out)
     plot_curves(out, config.cot)
+    last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
     if not config.eval_limit:
-        return f"Trained for {config.steps} steps, not evaluated: model in {out}/model"
-    best = load_policy(config, str(out / "model"))
+        return f"Not evaluated {last}"
+    best, task = load_policy(config, str(out / "model")), config.eval_tasks[0]
     records = evaluate_all(best, config, "trained", out / "eval.json")
-    task = config.eval_tasks[0]
-    if task in CHOICES:
-        return f"Trained for {config.steps} steps: model in {out}/model, scores in {out}/eval.json"
-    plot_pass_at_k(out, config.cot, task)
-    name = "hard_greedy" if "hard_greedy" in config.eval_settings else config.eval_settings[0]
-    mine = [row for row in records if (row["setting"], row["task"]) == (name, task)]
-    score = {row["stage"]: row["k"]["1"] for row in mine}
-    return (
-        f"{task} {name} pass@1 {score['base']:.3f} -> {score['trained']:.3f}"
-        f" after {config.steps} steps of {config.cot} training:"
-        f" model in {out}/model, figures and tables in {out}"
-    )
+    if task not in CHOICES:
+        plot_pass_at_k(out, config.cot, task)
+    name = next(row["setting"] for row in records if row["task"] == task)
+    metric = "accuracy" if task in CHOICES else "pass@1"
+    score = {
+        row["stage"]: row["accuracy"] if task in CHOICES else row["k"]["1"]
+        for row in records if (row["setting"], row["task"]) == (name, task)
+    }  # fmt: skip
+    change = f"{task} {name} {metric} {score['base']:.3f} -> {score['trained']:.3f}"
+    return f"{change} {last}, figures and tables in {out}"
 
 
 def main(arguments: Optional[list[str]] = None) -> int:

@@ -464,7 +464,7 @@ def test_finished_rows_leave_the_batch_and_come_back_for_the_answer():
 def test_a_soft_cap_on_the_logits_is_part_of_the_head():
     policy = tiny_policy("gemma2")
     ids = torch.tensor([[5, 6, 7]])
-    hidden = policy.trunk(input_ids=ids).last_hidden_state
+    hidden = policy.model.base_model(input_ids=ids).last_hidden_state
     torch.testing.assert_close(policy.head(hidden), policy.model(ids).logits)
     assert policy.head(100 * hidden).abs().max() <= 0.5
 
@@ -949,7 +949,8 @@ def test_evaluation_alone_runs_what_was_asked_for_and_touches_nothing_else(tiny_
     assert [r["setting"] for r in records] == ["hard_greedy", "soft_greedy", "fuzzy_sample"]
     assert [(r["n"], list(r["k"])) for r in records] == [(1, ["1"]), (1, ["1"]), (3, ["1", "2", "3"])]
     assert {(r["stage"], r["task"], r["problems"]) for r in records} == {("base", "toy", 5)}
-    assert {file.name for file in tmp_path.iterdir()} == {"eval.json", "eval_batches.jsonl"}
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"config.json", "eval.json", "eval_batches.jsonl"}
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypatch):
@@ -1087,3 +1088,41 @@ def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model
         text = tokenizer.decode(new[0], skip_special_tokens=True)
         right += text.endswith(f"The final answer is: \\boxed{{{row['answer']}}}")
     assert right / 40 > before["k"]["1"]
+
+
+def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_paper(tmp_path, capsys):
+    def run_folder(name, model, cot, seed, base, trained, nll):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"model": model, "task": "gsm8k", "cot": cot, "seed": seed}
+        (folder / "config.json").write_text(json.dumps(config))
+        rows = [
+            {"stage": stage, "task": "gsm8k", "setting": "hard_greedy", "n": 1, "k": {"1": score}}
+            for stage, score in (("base", base), ("trained", trained))
+        ]
+        many = {"n": 32, "k": {"1": 0.25, "2": 0.5, "32": 0.75}}
+        rows += [{"stage": "trained", "task": "math500", "setting": "hard_sample", **many}]
+        scores = {"accuracy": 0.5, "nll": nll}
+        rows += [{"stage": "base", "task": "arc", "setting": "teacher_forced", **scores}]
+        (folder / "eval.json").write_text(json.dumps(rows))
+        return str(folder)
+
+    llama = "somewhere/Llama-3.2-3B-Instruct"
+    runs = [run_folder(f"soft{s}", llama, "soft", s, 0.7, 0.8 + s / 100, 2.0) for s in (0, 1)]
+    runs += [run_folder("hard0", llama, "hard", 0, 0.7, 0.6, 2.0)]
+    assert softcot.main(["--report", *runs, "--out-dir", str(tmp_path / "new")]) == 0
+    printed, written = capsys.readouterr().out, (tmp_path / "new" / "report.md").read_text()
+    assert printed.startswith(written)
+    cells = [[c.strip() for c in line.split("|")[3:-1]] for line in written.splitlines()]
+    sd = np.std([80, 81], ddof=1)
+    base, hard, soft = "70.00 ± 0.00 (2) [paper 71.4]", "60.00 [paper 75.9]", f"80.50 ± {sd:.2f} (2)"
+    greedy = ["gsm8k", "hard_greedy", "pass@1", base, hard, "- [paper 76.7]", soft + " [paper 77.2]"]
+    assert cells[2] == greedy
+    many = [row for row in cells if row[1:3] == ["hard_sample", "pass@32"]]
+    assert many[0][3:] == [
+        "- [paper 82.0]", "75.00 [paper 72.4]", "- [paper 83.2]", "75.00 ± 0.00 (2) [paper 84.8]"
+    ]  # fmt: skip
+    assert ["arc", "teacher_forced", "NLL", "2.00 ± 0.00 (2)", "-", "-", "-"] in cells
+    assert not any("pass@2" in row for row in cells)
+    assert softcot.main(["--report", str(tmp_path / "none")]) == 2
+    assert "--report" in capsys.readouterr().err
