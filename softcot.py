@@ -28,7 +28,7 @@ Where the paper is silent or ambiguous, and where this differs from it: see the 
 
 import copy, dataclasses, hashlib, inspect, json, math, os, re, select, subprocess, sys, time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Callable, Literal, Optional
 
@@ -140,6 +140,7 @@ class Config:
     data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
     resume: bool = option(False, "continue the run in --out-dir from its last saved state")
     eval_only: bool = option(False, "evaluate --model, train nothing")
+    bench: bool = option(False, "time a few steps of each mode and generate(), do no more")
     report: list[str] = option([], "folders of runs: print and write a table of them, do no more")
     eval_tasks: list[str] = option([], "also math500 olympiadbench hellaswag mmlu arc")
     eval_settings: list[str] = option(list(SETTINGS), f"some of: {' '.join(SETTINGS)}")
@@ -504,14 +505,13 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
 
 # ---- 4. Policy: a causal language model and its tokenizer ---------------------------------------
 
-@dataclass
+@dataclass(eq=False)
 class Policy:
     """A decoder-only model of `transformers`, its tokenizer, and how it computes."""
 
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     mixed: bool = False  # bf16 arithmetic on fp32 weights
-    pieces: dict[int, str] = dataclasses.field(default_factory=dict)  # cache of piece()
 
     def arithmetic(self):
         """The context in which rollout and loss both run the model."""
@@ -543,24 +543,25 @@ class Policy:
         ids = self.model.generation_config.eos_token_id
         return {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
 
-    def tokenize(
-        self, texts: list[str], special: bool = True, pad: str = "left"
-    ) -> tuple[Tensor, Tensor]:
+    def tokenize(self, texts: list[str], special=True, pad="left") -> tuple[Tensor, Tensor]:
         """Padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
         batch = self.tokenizer(
             texts, padding=True, padding_side=pad, return_tensors="pt", add_special_tokens=special
         ).to(self.model.device)
         return batch.input_ids, batch.attention_mask.bool()
 
+    @cache
     def piece(self, token: int) -> str:
         """The text that a token adds to what stands before it.
 
         Decoding it alone could lose a leading space, so decode it twice and drop the first half.
         """
-        if token not in self.pieces:
-            once, twice = self.decode([token]), self.decode([token, token])
-            self.pieces[token] = twice[len(once) :]
-        return self.pieces[token]
+        once, twice = self.decode([token]), self.decode([token, token])
+        return twice[len(once) :]
+
+    def texts(self, ids: Tensor, mask: Tensor) -> list[str]:
+        """The texts of ids [N, T] where mask [N, T] is True."""
+        return [self.decode(row[kept]) for row, kept in zip(ids, mask)]
 
     def decode(self, ids) -> str:
         """Text of token ids, without special tokens."""
@@ -650,40 +651,41 @@ def noised(hidden: Tensor, logits: Tensor, setting: Setting, E: Tensor, top=None
 
 
 @dataclass
-class Thought:
-    """One CoT position of N rows: all that differs between the modes."""
+class Part:
+    """One position of N rows, tensors [N, ...], or the T positions of a phase, [N, T, ...]."""
 
-    x: Tensor  # [N, D] the input that is fed
-    token: Tensor  # [N] hard: the token; soft, fuzzy: the greedy shadow, arg-max p
-    logp: Tensor  # [N] in nats; 0 for a deterministic setting, which has no density
-    entropy: Tensor  # [N] in nats, of the next-token distribution before noise
-    z: Optional[Tensor] = None  # [N, K] the noisy quantity where it is not x itself
-    top: Optional[Tensor] = None  # [N, k] which logits it is made of, for topk-logits
+    x: Optional[Tensor]  # [.., D] the inputs as fed; None when hard, where the ids say it all
+    ids: Tensor  # [..] hard: the tokens; soft, fuzzy: the greedy shadow, arg-max p
+    logp: Tensor  # [..] nats, as the sampler saw it; 0 if deterministic: there is no density
+    entropy: Tensor  # [..] nats, of the next-token distribution before noise
+    z: Optional[Tensor] = None  # [.., K] the noisy quantity where it is not x itself
+    top: Optional[Tensor] = None  # [.., k] which logits z is made of, for topk-logits
+    mask: Optional[Tensor] = None  # [.., ] True on real tokens
 
 
-def next_input(policy: Policy, hidden, setting: Setting, E, sigma: float, eps, u) -> Thought:
+def next_input(policy: Policy, hidden, setting: Setting, E, sigma: float, eps, u) -> Part:
     """The next CoT input, made from the last hidden state.
 
     hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6).
-    hidden [N, H], E [V, D], eps [N, K] normal (unused if sigma is 0), u [N] in [0, 1).
+    hidden [N, H], E [V, D], eps [N, K] normal (None if sigma is 0), u [N] in [0, 1).
     """
     logits = policy.head(hidden)  # [N, V]
     none = torch.zeros(len(logits), device=logits.device)
     if setting.hard:
         token = sample_token(logits, setting.tau, u)
         logp = categorical_logp(token, logits, setting.tau) if setting.tau else none
-        return Thought(E[token], token, logp, entropy(logits))
+        return Part(E[token], token, logp, entropy(logits))
     mean, top = noised(hidden, logits, setting, E)  # [N, K]
     z = mean + sigma * eps.to(mean.dtype) if sigma else mean
     logp = gaussian_logp(z, mean, sigma) if sigma else none
     H = entropy(logits)
     if setting.noise_at == "embedding":
-        return Thought(z, logits.argmax(-1), logp, H)
+        return Part(z, logits.argmax(-1), logp, H)
     if setting.noise_at == "hidden":
         logits = policy.head(z)
     else:
         logits = z if top is None else logits.scatter(-1, top, z)
-    return Thought(mixture(logits, setting.tau, E), logits.argmax(-1), logp, H, z, top)
+    return Part(mixture(logits, setting.tau, E), logits.argmax(-1), logp, H, z, top)
 
 
 def rms(E: Tensor) -> float:
@@ -719,18 +721,10 @@ class Rollout:
     sigma: float  # absolute, in the units of E
     prompt_ids: Tensor  # [N, P], left-padded
     prompt_mask: Tensor  # [N, P]
-    cot_ids: Tensor  # [N, T] hard: the tokens; soft, fuzzy: the greedy shadow
-    cot_inputs: Optional[Tensor]  # [N, T, D] the inputs ht_t as fed; None when hard
-    cot_noisy: Optional[Tensor]  # [N, T, K] what the noise went to, if not to these inputs
-    cot_top: Optional[Tensor]  # [N, T, k] which logits cot_noisy are, for topk-logits
-    cot_mask: Tensor  # [N, T]
-    cot_logp: Tensor  # [N, T] log pi as the sampler saw it; 0 for deterministic settings
-    cot_entropy: Tensor  # [N, T] of the next-token distribution before each CoT position
     prefill_ids: Tensor  # [N, F], left-padded
     prefill_mask: Tensor  # [N, F]
-    answer_ids: Tensor  # [N, A]
-    answer_mask: Tensor  # [N, A]
-    answer_logp: Tensor  # [N, A]
+    cot: Part  # T positions
+    answer: Part  # A positions
     stopped: list[bool]  # whether the CoT ended with the stop phrase
     cots: list[str]  # text of the CoT (of the shadow)
     answers: list[str]  # text after the opening of the box
@@ -739,6 +733,8 @@ class Rollout:
         """The rows that index [M] selects, as a view for one micro-batch."""
         def pick(value):
             """The rows of one field."""
+            if isinstance(value, Part):
+                return Part(*map(pick, vars(value).values()))
             if isinstance(value, Tensor):
                 return value[index]
             return [value[i] for i in index.tolist()] if isinstance(value, list) else value
@@ -756,7 +752,7 @@ class Decoder:
         self.mask = None  # [N, columns so far]
 
     def feed(self, mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; last hidden states [N, H].
+        """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; hidden states [N, C, H].
 
         mask [N, C] is True on real tokens; only those are attended to and counted as positions.
         """
@@ -765,15 +761,10 @@ class Decoder:
             **inputs, attention_mask=self.mask.long(), past_key_values=self.cache, use_cache=True,
             position_ids=positions(self.mask)[:, -mask.shape[1] :],
         )  # fmt: skip
-        return out.last_hidden_state[:, -1]
-
-    def repeat(self, G: int) -> None:
-        """Turn each of the B rows into G equal rows, so that a prompt is read once, not G times."""
-        self.cache.batch_repeat_interleave(G)
-        self.mask = self.mask.repeat_interleave(G, dim=0)
+        return out.last_hidden_state
 
     def rows(self, index: Tensor) -> "Decoder":
-        """A decoder of the rows index [M] alone."""
+        """A decoder of the rows index [M]; a row may come several times (G samples, one prompt)."""
         part = copy.copy(self)
         part.mask, part.cache = self.mask[index], copy.copy(self.cache)
         part.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
@@ -821,45 +812,52 @@ def rollout(
     E = policy.embeddings()  # [V, D]
     with policy.arithmetic():
         decoder = Decoder(policy)
-        hidden = decoder.feed(mask, input_ids=ids)  # [B, H]
+        hidden = decoder.feed(mask, input_ids=ids)[:, -1]  # [B, H]
         quantity, _ = noised(hidden, policy.head(hidden), setting, E)  # [B, K]
         sigma = setting.noise * rms(E if setting.noise_at == "embedding" else quantity)
         K = quantity.shape[1] if sigma else 0
-        u, eps = draw(seeds, max_cot, max_answer, K, policy.model.device)
-        decoder.repeat(G)
-        hidden = hidden.repeat_interleave(G, dim=0)  # [N, H]
-        cot, decoder = think(decoder, hidden, setting, E, sigma, eps, u[:, :max_cot])
-        answer = give_answer(decoder, cot, answer_tau, u[:, max_cot:])
-    ids, mask = ids.repeat_interleave(G, dim=0), mask.repeat_interleave(G, dim=0)  # [N, P]
-    return Rollout(setting, sigma, ids, mask, **cot, **answer)
+        u, eps = draw(seeds, max_cot, max_answer, K, ids.device)
+        which = torch.arange(len(ids), device=ids.device).repeat_interleave(G)  # [N] prompts
+        ids, mask, hidden, decoder = ids[which], mask[which], hidden[which], decoder.rows(which)
+        noise, done = (E, sigma, eps), lambda text: STOP.strip() in text
+        cot, stopped, parts = generate(decoder, hidden, setting, *noise, u[:, :max_cot], done)
+        cots, decoder = policy.texts(cot.ids, cot.mask), joined(parts)
+        spaces = ["" if text[-1:].isspace() else " " for text in cots]
+        openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
+        prefill_ids, prefill_mask = policy.tokenize(openings, special=False)  # [N, F]
+        hidden = decoder.feed(prefill_mask, input_ids=prefill_ids)[:, -1]  # [N, H]
+        how, done = Setting("hard", answer_tau, 0.0), lambda text: boxed(text) is not None
+        answer, *_ = generate(decoder, hidden, how, E, 0.0, eps, u[:, max_cot:], done)
+    answers = policy.texts(answer.ids, answer.mask)
+    prefix = (setting, sigma, ids, mask, prefill_ids, prefill_mask)
+    return Rollout(*prefix, cot, answer, stopped, cots, answers)
 
 
-def think(decoder, hidden, setting, E, sigma, eps, u) -> tuple[dict, Decoder]:
-    """The CoT phase: up to T = u.shape[1] inputs a row, until its text holds the stop phrase.
+def generate(decoder, hidden, setting, E, sigma, eps, u, done) -> tuple[Part, list[bool], list]:
+    """One phase, the CoT or the answer: up to T = u.shape[1] inputs a row, until done(its text).
 
-    hidden [N, H] after the prompt, eps [N, T, K], u [N, T]. Returns the cot fields of a Rollout and
-    the decoder that goes on. Finished rows idle, their further columns masked out, until they are
-    half of the batch; then they leave it, and come back for the answer.
+    hidden [N, H] of the column before, eps [N, T, K], u [N, T]. Returns the columns, which rows
+    were done, and what joined() takes. Finished rows idle, their further columns masked out, until
+    they are half of the batch, and then leave it.
     """
-    policy = decoder.policy
-    N, T = u.shape
+    policy, (N, T) = decoder.policy, u.shape
     here = torch.arange(N, device=u.device)  # [M] the rows in the batch
     alive = torch.ones_like(here, dtype=torch.bool)  # [M]
-    texts, stopped = [""] * N, [False] * N
-    columns, left = [], []
+    texts, finished, places, columns, left = [""] * N, [False] * N, [], [], []
     can_leave = all(type(layer) is DynamicLayer for layer in decoder.cache.layers)
     for t in range(T):
-        thought = next_input(policy, hidden, setting, E, sigma, eps[here, t], u[here, t])
-        columns.append((here, alive, thought))
-        hidden = decoder.feed(alive[:, None], inputs_embeds=thought.x[:, None])
-        thought.x = None if setting.hard else thought.x  # the token says it all
+        noise = eps[here, t] if sigma else None
+        column = next_input(policy, hidden, setting, E, sigma, noise, u[here, t])
+        hidden = decoder.feed(alive[:, None], inputs_embeds=column.x[:, None])[:, 0]
+        column.x, column.mask = None if setting.hard else column.x, alive
+        places.append(here)
+        columns.append(column)
         goes_on = alive.tolist()
-        for m, (n, token) in enumerate(zip(here.tolist(), thought.token.tolist())):
+        for m, (n, token) in enumerate(zip(here.tolist(), column.ids.tolist())):
             if goes_on[m]:
-                piece = policy.piece(token)
-                texts[n] += piece
-                stopped[n] = STOP.strip() in texts[n][-len(STOP) - len(piece) :]
-                goes_on[m] = not stopped[n] and token not in policy.ends
+                texts[n] += policy.piece(token)
+                finished[n] = done(texts[n])
+                goes_on[m] = not finished[n] and token not in policy.ends
         if not any(goes_on):
             break
         alive = torch.tensor(goes_on, device=u.device)
@@ -868,58 +866,17 @@ def think(decoder, hidden, setting, E, sigma, eps, u) -> tuple[dict, Decoder]:
             decoder = decoder.rows(alive)
             here, hidden, alive = here[alive], hidden[alive], alive[alive]
 
-    def whole(values: list[Optional[Tensor]]) -> Optional[Tensor]:
+    def whole(values) -> Optional[Tensor]:
         """[N, T, ...] of the values [M, ...] of each position; 0 for rows that had left."""
         if values[0] is not None:
             out = values[0].new_zeros(N, len(values), *values[0].shape[1:])
             for t, value in enumerate(values):
-                out[columns[t][0], t] = value
+                out[places[t], t] = value
             return out
 
-    mask = whole([alive for _, alive, _ in columns])
-    thoughts = zip(*(vars(thought).values() for _, _, thought in columns))
-    x, ids, logp, H, noisy, top = map(whole, thoughts)
-    # Not `texts`: a character may be made of several tokens, which only read well together.
-    cots = [policy.decode(row[kept]) for row, kept in zip(ids, mask)]
-    cot = dict(cot_ids=ids, cot_inputs=x, cot_noisy=noisy, cot_top=top)
-    cot |= dict(cot_mask=mask, cot_logp=logp * mask, cot_entropy=H * mask)
-    cot |= dict(cots=cots, stopped=stopped)
-    return cot, joined([*left, (here, decoder)])
-
-
-def give_answer(decoder, cot, tau, u) -> dict:
-    """The answer phase: open the box, then up to A = u.shape[1] hard tokens, until it is closed.
-
-    cot: what think() returned; u [N, A]. Returns the prefill and answer fields of a Rollout.
-    """
-    policy = decoder.policy
-    N, A = u.shape
-    openings = []
-    for text, stopped in zip(cot["cots"], cot["stopped"]):
-        space = "" if text[-1:].isspace() else " "
-        openings.append(space + BOX if stopped else STOP + BOX)
-    prefill_ids, prefill_mask = policy.tokenize(openings, special=False)  # [N, F]
-    hidden = decoder.feed(prefill_mask, input_ids=prefill_ids)  # [N, H]
-    alive = torch.ones(N, dtype=torch.bool, device=u.device)
-    texts, columns = [""] * N, []
-    for a in range(A):
-        logits = policy.head(hidden)  # [N, V]
-        token = sample_token(logits, tau, u[:, a])
-        logp = categorical_logp(token, logits, tau) if tau else torch.zeros(N, device=u.device)
-        columns.append((token, alive, logp))
-        goes_on = alive.tolist()
-        for n, i in enumerate(token.tolist()):
-            if goes_on[n]:
-                texts[n] += policy.piece(i)
-                goes_on[n] = boxed(texts[n]) is None and i not in policy.ends
-        alive = torch.tensor(goes_on, device=u.device)
-        if a == A - 1 or not any(goes_on):
-            break
-        hidden = decoder.feed(alive[:, None], input_ids=token[:, None])
-    ids, mask, logp = (torch.stack(c, dim=1) for c in zip(*columns))
-    answers = [policy.decode(row[kept]) for row, kept in zip(ids, mask)]
-    answer = dict(answer_ids=ids, answer_mask=mask, answer_logp=logp * mask, answers=answers)
-    return answer | dict(prefill_ids=prefill_ids, prefill_mask=prefill_mask)
+    part = Part(*map(whole, zip(*(vars(column).values() for column in columns))))
+    part.logp, part.entropy = part.logp * part.mask, part.entropy * part.mask
+    return part, finished, [*left, (here, decoder)]
 
 
 # ---- 7. Log-probabilities, advantages, loss -----------------------------------------------------
@@ -929,37 +886,37 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
 
     One pass over the stored inputs; the noisy ht_t are constants, the means h_t are recomputed from
     them (eqs 9, 10). Positions outside the masks are 0; prompt, prefill and pads have no entry.
+    Each different prompt runs once, and its samples attend to a copy of its keys and values.
     """
     E = policy.embeddings()
-    thoughts = policy.embed(r.cot_ids) if r.cot_inputs is None else r.cot_inputs  # [N, T, D]
-    prompts, prefills, answers = map(policy.embed, (r.prompt_ids, r.prefill_ids, r.answer_ids))
-    inputs = torch.cat([prompts, thoughts, prefills, answers], dim=1)  # [N, L=P+T+F+A, D]
-    mask = torch.cat([r.prompt_mask, r.cot_mask, r.prefill_mask, r.answer_mask], dim=1)  # [N, L]
-    P, T, F = r.prompt_ids.shape[1], r.cot_ids.shape[1], r.prefill_ids.shape[1]
-    A = r.answer_ids.shape[1]
-    # Column i predicts column i+1: columns from P-1 on the CoT, from P+T+F-1 on the answer.
-    columns = torch.cat([torch.arange(T) + P - 1, torch.arange(A) + P + T + F - 1])
+    thoughts = policy.embed(r.cot.ids) if r.cot.x is None else r.cot.x  # [N, T, D]
+    inputs = [thoughts, policy.embed(r.prefill_ids), policy.embed(r.answer.ids)]
+    mask = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
+    P, (T, F, A) = r.prompt_ids.shape[1], (x.shape[1] for x in inputs)
+    prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
+    prompts, which = prompts.unique(dim=0, return_inverse=True)  # [B, P] different ones, [N]
 
-    def thought_logp(hidden, tokens, noisy, top) -> Tensor:
-        """log pi of thoughts: hidden [M, H] before them -> [M]."""
-        logits = policy.head(hidden)
-        if r.setting.hard:
-            return categorical_logp(tokens, logits, r.setting.tau)
-        return gaussian_logp(noisy, noised(hidden, logits, r.setting, E, top)[0], r.sigma)
+    def logp_of(part: Part, setting: Setting, hidden: Tensor) -> Tensor:
+        """log pi of a phase whose positions follow on hidden [N, T, H]: [N, T]."""
 
-    def answer_logp(hidden, tokens) -> Tensor:
-        """log pi of answer tokens: hidden [M, H] before them -> [M]."""
-        return categorical_logp(tokens, policy.head(hidden), tau=1.0)
+        def logp(hidden, ids, noisy, top) -> Tensor:
+            """The same of M positions: [M]."""
+            logits = policy.head(hidden)
+            if setting.hard:
+                return categorical_logp(ids, logits, setting.tau)
+            return gaussian_logp(noisy, noised(hidden, logits, setting, E, top)[0], r.sigma)
 
-    noisy = r.cot_inputs if r.cot_noisy is None else r.cot_noisy
+        noisy = part.x if part.z is None else part.z
+        return in_chunks(logp, E.shape[0], part.mask, hidden, part.ids, noisy, part.top)
+
     with policy.arithmetic():
-        hidden = policy.model.base_model(
-            inputs_embeds=inputs, attention_mask=mask.long(), position_ids=positions(mask),
-            use_cache=False,
-        ).last_hidden_state[:, columns.to(policy.model.device)]  # [N, T+A, H]  # fmt: skip
-        thought = (hidden[:, :T], r.cot_ids, noisy, r.cot_top)
-        cot = in_chunks(thought_logp, E.shape[0], r.cot_mask, *thought)
-        answer = in_chunks(answer_logp, E.shape[0], r.answer_mask, hidden[:, T:], r.answer_ids)
+        decoder = Decoder(policy)
+        first = decoder.feed(prompts >= 0, input_ids=prompts.clamp(min=0))  # [B, P, H]
+        decoder = decoder.rows(which)
+        rest = decoder.feed(mask[:, P:], inputs_embeds=torch.cat(inputs, dim=1))  # [N, T+F+A, H]
+        hidden = torch.cat([first[which, -1:], rest], dim=1)  # column i predicts what follows it
+        cot = logp_of(r.cot, r.setting, hidden[:, :T])
+        answer = logp_of(r.answer, SETTINGS["hard_sample"], hidden[:, T + F : T + F + A])
     return cot, answer
 
 
@@ -971,7 +928,7 @@ def in_chunks(f: Callable, V: int, mask: Tensor, *tensors: Optional[Tensor]) -> 
     """
     size = max(1, CHUNK // V)
     count = int(mask.sum())
-    parts = [[None] * count if t is None else t[mask].split(size) for t in tensors]
+    parts = [[None] * (count + 1) if t is None else t[mask].split(size) for t in tensors]
     values = [recompute(f, *part, use_reentrant=False) for part in zip(*parts)]
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(values))
 
@@ -982,9 +939,7 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(dim=1, keepdim=True)) * G / (G - 1)
 
 
-def policy_gradient(
-    policy: Policy, r: Rollout, advantages: Tensor, micro_batch: int
-) -> dict[str, float]:
+def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch: int) -> dict:
     """Add the gradient of -(1/N) sum_n A_n l_n to the parameters   (eqs 13-15); return statistics.
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
@@ -1000,7 +955,7 @@ def policy_gradient(
         part_loss = -(advantages[index] * (cot.sum(1) + answer.sum(1))).sum() / N
         part_loss.backward()
         loss += part_loss.item()
-        for new, old in ((cot, part.cot_logp), (answer, part.answer_logp)):
+        for new, old in ((cot, part.cot.logp), (answer, part.answer.logp)):
             gap = max(gap, (new.detach() - old).abs().max().item())
     return {"loss": loss, "logp_gap": gap}
 
@@ -1038,8 +993,8 @@ def evaluate_batch(
     return {
         "correct": (rewards_of(r, batch) == 100).sum(axis=1).tolist(),  # of n, for each problem
         "stopped": sum(r.stopped),
-        "reached": r.cot_mask.sum(0).tolist(),  # CoTs with a token at position t
-        "entropy": r.cot_entropy.double().sum(0).tolist(),  # sum over these, in nats
+        "reached": r.cot.mask.sum(0).tolist(),  # CoTs with a token at position t
+        "entropy": r.cot.entropy.double().sum(0).tolist(),  # sum over these, in nats
     }
 
 
@@ -1093,19 +1048,15 @@ def evaluate(
 def option_logp(policy: Policy, questions: list[str], options: list[str]) -> Tensor:
     """Mean log-probability per token, in nats, of each option after its question: [rows].
 
-    Teacher-forced: column P-1+j, of the question's last token or of an option's, predicts token j.
+    Teacher-forced: the log-probabilities of a rollout whose answer is the option, without CoT.
     """
     ids, mask = policy.tokenize(questions)  # [rows, P]
     option_ids, option_mask = policy.tokenize(options, special=False, pad="right")  # [rows, O]
-    P = ids.shape[1]
-    mask = torch.cat([mask, option_mask], dim=1)
-    with policy.arithmetic():
-        hidden = policy.model.base_model(
-            input_ids=torch.cat([ids, option_ids], dim=1), attention_mask=mask.long(),
-            position_ids=positions(mask), use_cache=False,
-        ).last_hidden_state  # [rows, P+O, H]  # fmt: skip
-        logits = policy.head(hidden[:, P - 1 : -1])  # [rows, O, V]
-    logp = categorical_logp(option_ids, logits, tau=1.0) * option_mask
+    none = ids[:, :0]  # [rows, 0]
+    cot, answer = Part(None, none, none, none), Part(None, option_ids, none, none)
+    cot.mask, answer.mask = none.bool(), option_mask
+    prefix = (SETTINGS["hard_sample"], 0.0, ids, mask, none, none.bool())
+    _, logp = log_probs(policy, Rollout(*prefix, cot, answer, [], [], []))
     return logp.sum(1) / option_mask.sum(1)
 
 
@@ -1303,6 +1254,20 @@ def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> li
     return chosen
 
 
+def peak_gib(device: torch.device) -> float:
+    """Highest memory in GiB since the last call: of the GPU, else of this process (on Linux)."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return math.nan
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    reset.write_text("5")  # start again from the present
+    return peak / 2**20
+
+
 def train_step(
     policy: Policy, problems: list[Problem], step: int, config: Config, optimizer, schedule
 ) -> tuple[dict, Rollout, np.ndarray]:
@@ -1317,7 +1282,7 @@ def train_step(
     prompts = [problem.prompt for problem in problems]
     r = rollout(policy, prompts, seeds, setting, config.max_cot, config.max_answer, 1.0)
     rewards = rewards_of(r, problems)  # [B, G]
-    rolled = time.perf_counter()
+    rolled, rollout_gib = time.perf_counter(), peak_gib(policy.model.device)
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
     stats = policy_gradient(policy, r, advantages.to(policy.model.device), config.micro_batch)
@@ -1328,21 +1293,58 @@ def train_step(
     optimizer.zero_grad()
     trained = time.perf_counter()
 
-    tokens = r.cot_mask.sum().item() + r.answer_mask.sum().item()
+    tokens = r.cot.mask.sum().item() + r.answer.mask.sum().item()
     metrics = {
         "step": step + 1,
         "reward": rewards.mean().item(),
         "success": (rewards == 100).mean().item(),
         "mixed_groups": (rewards != rewards[:, :1]).any(axis=1).mean().item(),
-        "cot_len": r.cot_mask.sum(1).float().mean().item(),
+        "cot_len": r.cot.mask.sum(1).float().mean().item(),
         "stop_rate": float(np.mean(r.stopped)),
         "grader_timeouts": GRADER.timeouts,
-        "cot_entropy": (r.cot_entropy.sum() / r.cot_mask.sum()).item(),
+        "cot_entropy": (r.cot.entropy.sum() / r.cot.mask.sum()).item(),
         **stats, "grad_norm": norm.item(), "lr": lr,
         "rollout_s": rolled - start, "train_s": trained - rolled,
         "tokens_per_s": tokens / (rolled - start),
+        "rollout_gib": rollout_gib, "train_gib": peak_gib(policy.model.device),
     }
     return metrics, r, rewards
+
+
+def bench(policy: Policy, config: Config) -> str:
+    """The table of --bench: medians of three steps of each mode, every row with an advantage.
+
+    The learning rate is 0, so that all steps do the same work. generate() samples hard tokens after
+    the same prompts, as many as a rollout may have.
+    """
+    problems, device = load_problems(config, config.task, "train"), policy.model.device
+    prompts, G = [problem.prompt for problem in problems[: config.prompts]], config.samples
+    N, T = len(prompts) * G, config.max_cot + config.max_answer
+    advantages = torch.tensor([1.0, -1.0] * N, device=device)[:N]
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
+    lines = ["            tokens/s  rollout s   train s  rollout GiB  train GiB"]
+    for cot in ("hard", "soft", "fuzzy"):
+        seen, setting = [], SETTINGS[f"{cot}_sample"]
+        for step in range(4):  # the first is left out
+            seeds, start = [row_seed(step, n) for n in range(N)], time.perf_counter()
+            r = rollout(policy, prompts, seeds, setting, config.max_cot, config.max_answer, 1.0)
+            tokens = (r.cot.mask.sum() + r.answer.mask.sum()).item()
+            rolled, gib = time.perf_counter(), peak_gib(device)
+            policy_gradient(policy, r, advantages, config.micro_batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            trained, s = time.perf_counter() - rolled, rolled - start
+            seen.append((tokens / s, s, trained, gib, peak_gib(device)))
+        lines.append(f"{cot:10}" + "".join(f"{x:11.2f}" for x in np.median(seen[1:], axis=0)))
+    ids, mask = policy.tokenize([prompt for prompt in prompts for _ in range(G)])
+    how, seen = dict(do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T), []
+    for _ in range(4):
+        start = time.perf_counter()
+        with policy.arithmetic():
+            policy.model.generate(ids, attention_mask=mask, **how)
+        seen.append(time.perf_counter() - start)
+    s = np.median(seen[1:])
+    return "\n".join([*lines, f"generate(){N * T / s:11.2f}{s:11.2f}"])
 
 
 def checkpoint(
@@ -1457,6 +1459,8 @@ def run(config: Config) -> str:
     torch.set_num_threads(config.threads)
     out = prepare(config)
     policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
+    if config.bench:
+        return bench(policy, config)
     if config.eval_only:
         mine = config.model and Path(config.model).resolve() == (out / "model").resolve()
         evaluate_all(policy, config, "trained" if mine else "base", out / "eval.json")
@@ -1474,10 +1478,8 @@ def run(config: Config) -> str:
         plot_pass_at_k(out, config.cot, task)
     name = next(row["setting"] for row in records if row["task"] == task)
     metric = "accuracy" if task in CHOICES else "pass@1"
-    score = {
-        row["stage"]: row["accuracy"] if task in CHOICES else row["k"]["1"]
-        for row in records if (row["setting"], row["task"]) == (name, task)
-    }  # fmt: skip
+    mine = [row for row in records if (row["setting"], row["task"]) == (name, task)]
+    score = {row["stage"]: row["accuracy"] if task in CHOICES else row["k"]["1"] for row in mine}
     change = f"{task} {name} {metric} {score['base']:.3f} -> {score['trained']:.3f}"
     return f"{change} {last}, figures and tables in {out}"
 

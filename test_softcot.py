@@ -94,7 +94,7 @@ class Scripted(nn.Module):
         self.config = transformers.LlamaConfig(num_hidden_layers=1)
         self.generation_config = transformers.GenerationConfig(eos_token_id=1)
         self.embed = nn.Embedding(len(tokenizer), 4)
-        self.scripts, self.calls, self.sizes = scripts, [], []
+        self.scripts, self.calls, self.sizes, self.fed = scripts, [], [], []
         self.starts = self.embed(torch.tensor(tokenizer(prompts).input_ids))  # [prompts, 1, 4]
         self.device = torch.device("cpu")
         self.base_model = self.write
@@ -109,6 +109,7 @@ class Scripted(nn.Module):
         x = inputs_embeds if input_ids is None else self.embed(input_ids)
         self.calls.append("ids" if inputs_embeds is None else "embeds")
         self.sizes.append(len(x))
+        self.fed.append(x)
         keys, _ = past_key_values.update(x[:, None], x[:, None], 0)
         logits = torch.full((len(x), 1, self.embed.num_embeddings), -20.0)
         for n, count in enumerate(attention_mask.sum(1).tolist()):
@@ -209,7 +210,7 @@ def test_noise_has_the_stated_size():
     r = sample(policy, SETTINGS["soft_sample"], max_cot=40, seeds=seeds_for(60))
     assert r.sigma == pytest.approx(0.33 * policy.embeddings().square().mean().sqrt().item())
     D = policy.embeddings().shape[1]
-    ratio = -2 * r.cot_logp[r.cot_mask] / D  # ||ht - h||^2 / (sigma^2 D), 1 on average
+    ratio = -2 * r.cot.logp[r.cot.mask] / D  # ||ht - h||^2 / (sigma^2 D), 1 on average
     assert ratio.mean().item() == pytest.approx(1, abs=4 * (2 / D / len(ratio)) ** 0.5)
 
 
@@ -276,14 +277,14 @@ def test_a_cached_batched_padded_rollout_equals_a_plain_one(kind, name, ends):
             policy, PROMPTS[n // 2], seeds[n], setting, 12, 5
         )
         T, A = len(tokens), len(answer)
-        assert r.cot_mask[n].tolist() == [t < T for t in range(r.cot_mask.shape[1])]
-        assert r.answer_mask[n].tolist() == [a < A for a in range(r.answer_mask.shape[1])]
-        assert r.cot_ids[n, :T].tolist() == tokens
-        assert r.answer_ids[n, :A].tolist() == answer
+        assert r.cot.mask[n].tolist() == [t < T for t in range(r.cot.mask.shape[1])]
+        assert r.answer.mask[n].tolist() == [a < A for a in range(r.answer.mask.shape[1])]
+        assert r.cot.ids[n, :T].tolist() == tokens
+        assert r.answer.ids[n, :A].tolist() == answer
         if not setting.hard:  # a soft CoT feeds back on itself, so that rounding errors grow
-            torch.testing.assert_close(r.cot_inputs[n, :T], inputs, rtol=0, atol=2e-3)
-        np.testing.assert_allclose(r.cot_logp[n, :T], logps, rtol=1e-3, atol=2e-3)
-        np.testing.assert_allclose(r.answer_logp[n, :A], answer_logps, rtol=1e-3, atol=2e-3)
+            torch.testing.assert_close(r.cot.x[n, :T], inputs, rtol=0, atol=2e-3)
+        np.testing.assert_allclose(r.cot.logp[n, :T], logps, rtol=1e-3, atol=2e-3)
+        np.testing.assert_allclose(r.answer.logp[n, :A], answer_logps, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -302,9 +303,9 @@ def test_hard_greedy_equals_generate_token_for_token(kind):
     )
     new = out[:, batch.input_ids.shape[1] :]
     for n in range(3):
-        T = r.cot_mask[n].sum()
-        assert T == 20 or r.cot_ids[n, T - 1] == 1  # up to the limit or end of text
-        assert r.cot_ids[n, :T].tolist() == new[n, :T].tolist()
+        T = r.cot.mask[n].sum()
+        assert T == 20 or r.cot.ids[n, T - 1] == 1  # up to the limit or end of text
+        assert r.cot.ids[n, :T].tolist() == new[n, :T].tolist()
 
 
 @pytest.mark.parametrize("name", ["hard_sample", "soft_sample", "fuzzy_sample"])
@@ -315,9 +316,9 @@ def test_recomputed_log_probabilities_equal_those_of_the_rollout(kind, name):
     cot, answer = softcot.log_probs(policy, r)
     # Through softmax(logits / 0.0001) rounding of the logits counts 10,000 times: look at residuals.
     atol = 0.5 if "fuzzy" in name else 2e-3
-    torch.testing.assert_close(cot.detach(), r.cot_logp, rtol=1e-3, atol=atol)
-    torch.testing.assert_close(answer.detach(), r.answer_logp, rtol=1e-3, atol=2e-3)
-    assert cot.requires_grad and not r.cot_logp.requires_grad
+    torch.testing.assert_close(cot.detach(), r.cot.logp, rtol=1e-3, atol=atol)
+    torch.testing.assert_close(answer.detach(), r.answer.logp, rtol=1e-3, atol=2e-3)
+    assert cot.requires_grad and not r.cot.logp.requires_grad
 
 
 AT = ("hidden", "logits", "topk-logits")
@@ -328,9 +329,9 @@ def test_noise_elsewhere_is_gaussian_there_and_its_log_probability_is_recomputed
     policy = tiny_policy("llama")
     setting = Setting("soft", 0.5, 0.33, noise_at=at, noise_top=5)
     r = sample(policy, setting, seeds=seeds_for(30), max_cot=20)
-    mask = r.cot_mask
+    mask = r.cot.mask
     sizes = {"hidden": 32, "logits": len(policy.tokenizer), "topk-logits": 5}
-    assert r.cot_noisy.shape == (*mask.shape, sizes[at])
+    assert r.cot.z.shape == (*mask.shape, sizes[at])
     # the oracle: hidden states and logits of an unpadded pass over each row, in numpy's float64
     head = policy.model.lm_head.weight.detach().double().numpy()
     E = policy.embeddings().detach().double().numpy()
@@ -338,32 +339,32 @@ def test_noise_elsewhere_is_gaussian_there_and_its_log_probability_is_recomputed
     for n in range(30):
         T = int(mask[n].sum())
         ids = r.prompt_ids[n][r.prompt_mask[n]]
-        inputs = torch.cat([policy.embed(ids), r.cot_inputs[n, :T]])
+        inputs = torch.cat([policy.embed(ids), r.cot.x[n, :T]])
         out = policy.model.model(inputs_embeds=inputs[None]).last_hidden_state[0]
         hidden = out[len(ids) - 1 : -1].detach().double().numpy()  # [T, 32] before each thought
-        logits, z = hidden @ head.T, r.cot_noisy[n, :T].double().numpy()
+        logits, z = hidden @ head.T, r.cot.z[n, :T].double().numpy()
         if at == "hidden":
             mean, noisy_logits = hidden, z @ head.T
         elif at == "logits":
             mean, noisy_logits = logits, z
         else:
             top = np.argsort(-logits, axis=1)[:, :5]
-            assert (np.sort(top) == np.sort(r.cot_top[n, :T].numpy())).all()
-            mean, noisy_logits = np.take_along_axis(logits, r.cot_top[n, :T].numpy(), 1), logits
+            assert (np.sort(top) == np.sort(r.cot.top[n, :T].numpy())).all()
+            mean, noisy_logits = np.take_along_axis(logits, r.cot.top[n, :T].numpy(), 1), logits
             noisy_logits = logits.copy()
-            np.put_along_axis(noisy_logits, r.cot_top[n, :T].numpy(), z, 1)
+            np.put_along_axis(noisy_logits, r.cot.top[n, :T].numpy(), z, 1)
         p = np.exp(2 * (noisy_logits - noisy_logits.max(1, keepdims=True)))
         p /= p.sum(1, keepdims=True)
-        np.testing.assert_allclose(r.cot_inputs[n, :T], p @ E, atol=1e-4)
-        assert r.cot_ids[n, :T].tolist() == p.argmax(1).tolist()
+        np.testing.assert_allclose(r.cot.x[n, :T], p @ E, atol=1e-4)
+        assert r.cot.ids[n, :T].tolist() == p.argmax(1).tolist()
         logp = -((z - mean) ** 2).sum(1) / (2 * r.sigma**2)
-        np.testing.assert_allclose(r.cot_logp[n, :T], logp, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(r.cot.logp[n, :T], logp, rtol=1e-3, atol=1e-3)
         ratios += list(((z - mean) / r.sigma).flatten())
         scale.append(np.sort(-logits[0])[:5] if at == "topk-logits" else mean[0])
     assert np.std(ratios) == pytest.approx(1, abs=4 / (2 * len(ratios)) ** 0.5)
     assert r.sigma == pytest.approx(0.33 * np.sqrt(np.square(scale).mean()), rel=1e-3)
     cot, _ = softcot.log_probs(policy, r)
-    torch.testing.assert_close(cot.detach(), r.cot_logp, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(cot.detach(), r.cot.logp, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("at", AT)
@@ -389,6 +390,42 @@ def test_noise_elsewhere_has_the_gradient_of_finite_differences(at):
     assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["hard_sample", "soft_sample"])
+@pytest.mark.parametrize("kind", (*KINDS, "gemma2"))
+def test_prompts_read_once_and_chunks_give_the_gradient_of_a_plain_pass(kind, name, monkeypatch):
+    policy = tiny_policy(kind)
+    r = sample(policy, SETTINGS[name])
+    advantages = torch.tensor([3.0, -1.0, 1.0, 2.0, 0.5, -4.0])
+    monkeypatch.setattr(softcot, "CHUNK", 3 * len(policy.tokenizer))
+    loss, grads = gradient_of(policy, r, advantages, 6)
+    # the oracle: row by row, without padding, cache or chunks, and all logits kept
+    policy.model.zero_grad()
+    plain = 0
+    for n in range(6):
+        T, A = r.cot.mask[n].sum(), r.answer.mask[n].sum()
+        P, F = r.prompt_mask[n].sum(), r.prefill_mask[n].sum()
+        ids = [r.prompt_ids[n, -P:], r.cot.ids[n, :T], r.prefill_ids[n, -F:], r.answer.ids[n, :A]]
+        parts = [policy.embed(i) for i in ids]
+        if name == "soft_sample":
+            parts[1] = r.cot.x[n, :T]
+        logits = policy.model(inputs_embeds=torch.cat(parts)[None]).logits[0]
+        logp = torch.log_softmax(logits[P + T + F - 1 : -1], -1)[range(A), ids[3]].sum()
+        before = logits[P - 1 : P + T - 1]
+        if name == "soft_sample":
+            mean = torch.softmax(before / 0.5, -1) @ policy.embeddings()
+            logp = logp - (r.cot.x[n, :T] - mean).square().sum() / (2 * r.sigma**2)
+        else:
+            logp = logp + torch.log_softmax(before, -1)[range(T), ids[1]].sum()
+        plain = plain - advantages[n] * logp / 6
+    plain.backward()
+    assert loss == pytest.approx(plain.item(), rel=1e-4)
+    for parameter, weight in policy.model.named_parameters():
+        if weight.grad is not None:
+            scale = weight.grad.abs().max().clamp(min=1e-6)
+            difference = (grads[parameter] - weight.grad) / scale
+            assert difference.abs().max() < 2e-4, parameter
+
+
 def test_log_probabilities_in_chunks_equal_those_in_one_piece(monkeypatch):
     policy = tiny_policy("llama")
     r = sample(policy, SETTINGS["soft_sample"])
@@ -412,8 +449,8 @@ def test_neighbours_and_padding_change_nothing(name):
         for n in range(2):
             assert alone.cots[n] == together.cots[2 * b + n]
             assert alone.answers[n] == together.answers[2 * b + n]
-            ours = alone.cot_logp[n][alone.cot_mask[n]]
-            theirs = together.cot_logp[2 * b + n][together.cot_mask[2 * b + n]]
+            ours = alone.cot.logp[n][alone.cot.mask[n]]
+            theirs = together.cot.logp[2 * b + n][together.cot.mask[2 * b + n]]
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3)
 
 
@@ -439,8 +476,8 @@ def test_the_stop_phrase_counts_however_it_is_split(name, extra):
         assert r.cots[n].startswith(text)
         over = r.cots[n][len(text) :]
         assert over in (("", " ", "\n\n") if r.stopped[n] else ("", ", was"[: len(over)]))
-        ended = tokenizer.eos_token_id in r.cot_ids[n][r.cot_mask[n]]
-        assert ended == (n == 3) and (n != 2 or r.cot_mask[n].all())
+        ended = tokenizer.eos_token_id in r.cot.ids[n][r.cot.mask[n]]
+        assert ended == (n == 3) and (n != 2 or r.cot.mask[n].all())
         filled = tokenizer.decode(r.prefill_ids[n][r.prefill_mask[n]])
         assert filled == (opening.lstrip() if r.stopped[n] and over else opening)
 
@@ -453,7 +490,7 @@ def test_finished_rows_leave_the_batch_and_come_back_for_the_answer():
         Policy(model, tokenizer), list("abcd"), seeds_for(4), SETTINGS["soft_sample"], 90, 4, 1.0
     )
     stop = len(" The final answer is:")
-    assert r.cot_mask.sum(1).tolist() == [2 * n + stop for n in (1, 8, 2, 30)]
+    assert r.cot.mask.sum(1).tolist() == [2 * n + stop for n in (1, 8, 2, 30)]
     # the prompts, T CoT inputs of 4, 2 and 1 rows, then the prefill of all 4
     steps = [4] * (4 + stop) + [2] * 12 + [1] * 44
     assert model.sizes[: len(steps) + 2] == [4] + steps + [4]
@@ -476,10 +513,11 @@ def test_answers_are_hard_tokens_in_every_mode(name):
     model = Scripted(tokenizer, ["Q"], [script])
     policy = Policy(model, tokenizer)
     r = softcot.rollout(policy, ["Q"], seeds_for(1), SETTINGS[name], 30, 8, 1.0)
-    T = r.cot_mask.sum().item()
-    # the prompt, T CoT inputs, the prefill, then ids alone
-    assert model.calls[: T + 2] == ["ids"] + ["embeds"] * T + ["ids"]
-    assert set(model.calls[T + 1 :]) == {"ids"}
+    T = r.cot.mask.sum().item()
+    # the prompt, T CoT inputs, the prefill, then the embeddings of single tokens
+    assert model.calls == ["ids"] + ["embeds"] * T + ["ids"] + ["embeds"] * r.answer.ids.shape[1]
+    for fed in model.fed[T + 2 :]:
+        assert (fed[0, 0] == model.embed.weight).all(1).any()
     assert r.answers[0] == "42}"[: len(r.answers[0])] or r.answers[0].endswith("}")
 
 
@@ -562,8 +600,9 @@ class Dynamics(nn.Module):
     def get_output_embeddings(self):
         return lambda hidden: hidden * self.a + self.c
 
-    def base_model(self, inputs_embeds, **_):
-        return BaseModelOutput(last_hidden_state=inputs_embeds)
+    def base_model(self, input_ids=None, inputs_embeds=None, **_):
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        return BaseModelOutput(last_hidden_state=x)
 
 
 def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_reward():
@@ -604,17 +643,18 @@ def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_re
         inputs = torch.cat(inputs, 1)
         rewards = right(inputs[:, 0, 0], inputs[:, 1, 0]).float()
         none, no = torch.zeros(N, 1, dtype=torch.long), torch.zeros(N, 1, dtype=torch.bool)
-        zeros = torch.zeros(N, 2)
         # The prompt is one token whose embedding is `start`: a constant, given through the CoT
         # columns by one more column in front that the mask leaves out of the loss.
         r = softcot.Rollout(
             setting=Setting("soft", tau, 1.0), sigma=sigma, prompt_ids=none, prompt_mask=~no,
-            cot_ids=torch.zeros(N, 3, dtype=torch.long),
-            cot_inputs=torch.cat([torch.full((N, 1, 1), start), inputs], 1),
-            cot_noisy=None, cot_top=None,
-            cot_mask=torch.cat([no, ~no, ~no], 1), cot_logp=torch.zeros(N, 3), cot_entropy=zeros,
-            prefill_ids=none, prefill_mask=no, answer_ids=none, answer_mask=no,
-            answer_logp=torch.zeros(N, 1), stopped=[True] * N, cots=[""] * N, answers=[""] * N,
+            prefill_ids=none, prefill_mask=no,
+            cot=softcot.Part(
+                torch.cat([torch.full((N, 1, 1), start), inputs], 1),
+                torch.zeros(N, 3, dtype=torch.long), torch.zeros(N, 3), torch.zeros(N, 3),
+                mask=torch.cat([no, ~no, ~no], 1),
+            ),
+            answer=softcot.Part(None, none, torch.zeros(N, 1), torch.zeros(N, 1), mask=no),
+            stopped=[True] * N, cots=[""] * N, answers=[""] * N,
         )  # fmt: skip
         model.zero_grad()
         advantages = softcot.rloo_advantages(rewards.view(B, G)).flatten()
@@ -1005,8 +1045,8 @@ def test_evaluation_figures_equal_a_plain_recount(tiny_folder, monkeypatch):
     by_position = {}
     for r in kept:
         for n in range(len(r.cots)):
-            for t in range(r.cot_mask[n].sum()):
-                by_position.setdefault(t, []).append(r.cot_entropy[n, t].item())
+            for t in range(r.cot.mask[n].sum()):
+                by_position.setdefault(t, []).append(r.cot.entropy[n, t].item())
     expected = [np.mean(by_position[t]) for t in range(len(by_position))]
     np.testing.assert_allclose(scores["entropy_by_position"], expected, atol=1e-4)
     everything = [h for values in by_position.values() for h in values]
@@ -1126,3 +1166,14 @@ def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_pape
     assert not any("pass@2" in row for row in cells)
     assert softcot.main(["--report", str(tmp_path / "none")]) == 2
     assert "--report" in capsys.readouterr().err
+
+
+def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(tiny_folder, tmp_path, capsys):
+    arguments = f"--bench --model {tiny_folder} --prompts 2 --samples 2 --out-dir {tmp_path}".split()
+    assert softcot.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split()[0] for line in lines] == ["tokens/s", "hard", "soft", "fuzzy", "generate()"]
+    for line, columns in zip(lines[1:], (5, 5, 5, 2)):
+        numbers = [float(x) for x in line.split()[1:]]
+        assert len(numbers) == columns and min(numbers) >= 0 and numbers[0] > 0
+    assert not list(tmp_path.glob("*.safetensors"))
