@@ -17,7 +17,8 @@ Dimensions, used in every shape comment:
     B prompts of a step, G samples of each prompt, N = B*G sequences (row n = b*G + g)
     P prompt, T CoT, F prefill, A answer: lengths in tokens;  V vocabulary, D embedding width
 A sequence is laid out as  [left pad | prompt P][CoT T | gap][left pad | prefill F][answer A | gap].
-Masks are True on real tokens; positions count them, so pads and gaps leave no trace.
+Masks are True on real tokens; positions count them, so pads and gaps leave no trace (but for models
+with a sliding window, whose window counts them).
 logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
 
 Where the paper is silent or ambiguous, and where this differs from it: see the README.
@@ -27,6 +28,7 @@ Where the paper is silent or ambiguous, and where this differs from it: see the 
 """
 
 import copy, dataclasses, hashlib, inspect, json, math, os, re, select, subprocess, sys, time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -47,9 +49,8 @@ import toy_tasks
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
 CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
-CHECKPOINTS = 20  # validations and saved states in a run
-FREE_TO_CHANGE = ("eval_tasks", "eval_settings", "eval_k", "eval_limit")  # when resuming
-FREE_TO_CHANGE += ("micro_batch", "threads", "device")
+CHECKPOINTS = 20  # validations and saved states in a run, at least, if it has as many steps
+FREE_TO_CHANGE = "eval_tasks eval_settings eval_k micro_batch threads device".split()
 
 
 class UserError(Exception):
@@ -114,6 +115,16 @@ def require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+@contextmanager
+def explained(errors, message: str):
+    """Turn one of these errors into UserError(message (its first line))."""
+    try:
+        yield
+    except errors as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{message} ({reason})") from None
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that a run depends on; None stands for the default of the task or mode."""
@@ -132,8 +143,7 @@ class Config:
     tau: Optional[float] = option(None, "temperature of the CoT's token distribution")
     sigma_scale: Optional[float] = option(None, "noise, in units of the RMS of what it is added to")
     noise_at: Literal["embedding", "hidden", "logits", "topk-logits"] = option(
-        "embedding", "what the noise is added to; only embedding is known to learn well"
-    )
+        "embedding", "what the noise is added to; only embedding is known to learn well")
     noise_top: int = option(5, "how many of the highest logits --noise-at topk-logits changes")
     seed: int = option(0, "seed of data order, noise and sampling")
     out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-COT-sSEED)")
@@ -208,11 +218,9 @@ def filled(config: Config) -> tuple[Config, str]:
     """
     task = task_named(config.task)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    why = f"--device {device} can't be used here; leave it out"
+    with explained((RuntimeError, AssertionError), why):
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"--device {device} can't be used here ({why}); leave it out") from None
     mode = SETTINGS[f"{config.cot}_sample"]
     defaults = {
         **task.defaults,
@@ -272,7 +280,7 @@ class Task:
 
 PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
 PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32, "micro_batch": 8}
-PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512}
+PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512, "eval_limit": 128}
 
 
 def parse_number(text: str) -> Optional[float]:
@@ -427,22 +435,17 @@ CHOICES = {  # out of domain: only for evaluation
 
 def task_named(name: str) -> Task:
     """A task of the table, or that of the user's own .jsonl file."""
-    own = Task((), "train", None, plain_gold, SHORT, GRADER.equal)
-    return TASKS.get(name, own)
+    return TASKS.get(name) or Task((), "train", None, plain_gold, SHORT, GRADER.equal)
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a .jsonl file; UserError names the line that is not one."""
     require(path.is_file(), f"there is no file {path}")
     rows = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            with explained(ValueError, f"{path} line {number} is not JSON"):
                 rows.append(json.loads(line))
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise UserError(f"{path} line {number} is not JSON: {error}") from None
             require(isinstance(rows[-1], dict), f"{path} line {number} is not a JSON object")
     return rows
 
@@ -460,12 +463,9 @@ def read_rows(config: Config, name: str, split: str) -> list[dict]:
     task = CHOICES.get(name) or TASKS[name]
     hub, *parts = task.hub
     hub_split = task.test if split != "train" else task.train
-    try:
+    advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
+    with explained(Exception, f"{name}: could not load {hub} from the hub; {advice}"):
         loaded = [datasets.load_dataset(hub, part, split=hub_split) for part in parts or [None]]
-    except Exception as error:  # no network, wrong cache, no such set: the same advice helps
-        why = f"could not load {hub} from the hub ({str(error).splitlines()[0]})"
-        advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
-        raise UserError(f"{name}: {why}; {advice}") from None
     return [row for rows in loaded for row in rows]
 
 
@@ -482,10 +482,8 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
         where = f"{name} {whole}: row {i + 1}"
         question = row.get(task.question, row.get("question"))
         require(isinstance(question, str), f"{where} has no text in its field {task.question}")
-        try:
+        with explained((KeyError, TypeError, AttributeError), f"{where} has no readable answer"):
             gold = task.gold(row)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{where} has no readable answer ({error})") from None
         if gold and question not in seen:
             prompt = task.prompt.replace("QUESTION", question)
             problems.append(Problem(i, prompt, gold, task.equal))
@@ -572,13 +570,10 @@ class Policy:
 def load_policy(config: Config, source: str) -> Policy:
     """The policy in a folder or on the hub; UserError says what is missing."""
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    try:
+    advice = "give a hub id, or a folder with config.json, weights and tokenizer"
+    with explained(Exception, f"--model {source}: could not be loaded; {advice}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left")
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except Exception as error:  # no such model, half a download, wrong sizes: the same advice helps
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        advice = "give a hub id, or a folder with config.json, weights and tokenizer"
-        raise UserError(f"--model {source}: could not be loaded ({reason}); {advice}") from None
     require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -599,7 +594,7 @@ def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
     logits [..., V], E [V', D] with V' >= V (padded vocabularies) -> [..., D]; with gradient.
     """
     p = torch.softmax(logits.float() / tau, dim=-1)
-    return p.to(E.dtype) @ E[: p.shape[-1]]
+    return (p.to(E.dtype) @ E[: p.shape[-1]]).to(E.dtype)  # autocast would leave bf16
 
 
 def gaussian_logp(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
@@ -688,11 +683,6 @@ def next_input(policy: Policy, hidden, setting: Setting, E, sigma: float, eps, u
     return Part(mixture(logits, setting.tau, E), logits.argmax(-1), logp, H, z, top)
 
 
-def rms(E: Tensor) -> float:
-    """Root-mean-square over the entries of E."""
-    return E.detach().float().square().mean().sqrt().item()
-
-
 def row_seed(*labels: int) -> int:
     """A seed that depends on every label (run seed, purpose, step, problem, sample) alone."""
     return int(np.random.SeedSequence(labels).generate_state(1)[0])
@@ -718,7 +708,7 @@ class Rollout:
     """N sampled sequences and what the loss and the reports need of them; holds no gradient."""
 
     setting: Setting
-    sigma: float  # absolute, in the units of E
+    sigma: float  # absolute, in the units of what the noise is added to; 0: none
     prompt_ids: Tensor  # [N, P], left-padded
     prompt_mask: Tensor  # [N, P]
     prefill_ids: Tensor  # [N, F], left-padded
@@ -729,17 +719,14 @@ class Rollout:
     cots: list[str]  # text of the CoT (of the shadow)
     answers: list[str]  # text after the opening of the box
 
-    def rows(self, index: Tensor) -> "Rollout":
-        """The rows that index [M] selects, as a view for one micro-batch."""
-        def pick(value):
-            """The rows of one field."""
-            if isinstance(value, Part):
-                return Part(*map(pick, vars(value).values()))
-            if isinstance(value, Tensor):
-                return value[index]
-            return [value[i] for i in index.tolist()] if isinstance(value, list) else value
 
-        return dataclasses.replace(self, **{name: pick(v) for name, v in vars(self).items()})
+def rows_of(x, index: Tensor):
+    """The rows that index [M] selects of a tensor, a list, or every field of a Part or Rollout."""
+    if isinstance(x, (Part, Rollout)):
+        return dataclasses.replace(x, **{k: rows_of(v, index) for k, v in vars(x).items()})
+    if isinstance(x, list):
+        return [x[i] for i in index.tolist()]
+    return x[index] if isinstance(x, Tensor) else x
 
 
 class Decoder:
@@ -757,9 +744,10 @@ class Decoder:
         mask [N, C] is True on real tokens; only those are attended to and counted as positions.
         """
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)  # among the row's real tokens
         out = self.policy.model.base_model(
             **inputs, attention_mask=self.mask.long(), past_key_values=self.cache, use_cache=True,
-            position_ids=positions(self.mask)[:, -mask.shape[1] :],
+            position_ids=positions[:, -mask.shape[1] :],
         )  # fmt: skip
         return out.last_hidden_state
 
@@ -774,6 +762,8 @@ class Decoder:
 
 def joined(parts: list[tuple[Tensor, Decoder]]) -> Decoder:
     """One decoder of parts, each with its row numbers [M]; shorter ones are padded at the end."""
+    if len(parts) == 1:
+        return parts[0][1]
     order = torch.cat([index for index, _ in parts]).argsort()
     decoders = [decoder for _, decoder in parts]
     columns = max(decoder.mask.shape[1] for decoder in decoders)
@@ -792,11 +782,6 @@ def joined(parts: list[tuple[Tensor, Decoder]]) -> Decoder:
     return whole
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position of each token among the real ones of its row: mask [N, L] -> [N, L], pads 0."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
 @torch.no_grad()
 def rollout(
     policy: Policy, prompts: list[str], seeds: list[int], setting: Setting, max_cot: int,
@@ -813,9 +798,11 @@ def rollout(
     with policy.arithmetic():
         decoder = Decoder(policy)
         hidden = decoder.feed(mask, input_ids=ids)[:, -1]  # [B, H]
-        quantity, _ = noised(hidden, policy.head(hidden), setting, E)  # [B, K]
-        sigma = setting.noise * rms(E if setting.noise_at == "embedding" else quantity)
-        K = quantity.shape[1] if sigma else 0
+        sigma, K = 0.0, 0
+        if setting.noise:
+            quantity, _ = noised(hidden, policy.head(hidden), setting, E)  # [B, K]
+            unit = E if setting.noise_at == "embedding" else quantity
+            sigma, K = setting.noise * unit.float().square().mean().sqrt().item(), quantity.shape[1]
         u, eps = draw(seeds, max_cot, max_answer, K, ids.device)
         which = torch.arange(len(ids), device=ids.device).repeat_interleave(G)  # [N] prompts
         ids, mask, hidden, decoder = ids[which], mask[which], hidden[which], decoder.rows(which)
@@ -947,17 +934,17 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch:
     and are skipped. loss: the sum over all rows; logp_gap: the largest gap of a log-probability
     here and in the rollout (0 but for rounding).
     """
-    N, loss, gap = len(advantages), 0.0, 0.0
+    N, loss, gaps = len(advantages), 0.0, [0.0]
     used = advantages.nonzero().flatten()
     for index in used.split(micro_batch) if len(used) else ():
-        part = r.rows(index)
+        part = rows_of(r, index)
         cot, answer = log_probs(policy, part)  # [M, T], [M, A]
         part_loss = -(advantages[index] * (cot.sum(1) + answer.sum(1))).sum() / N
         part_loss.backward()
         loss += part_loss.item()
         for new, old in ((cot, part.cot.logp), (answer, part.answer.logp)):
-            gap = max(gap, (new.detach() - old).abs().max().item())
-    return {"loss": loss, "logp_gap": gap}
+            gaps.append((new.detach() - old).abs().max().item())
+    return {"loss": loss, "logp_gap": float(np.max(gaps))}  # NaN if one is
 
 
 # ---- 8. Evaluation ------------------------------------------------------------------------------
@@ -972,30 +959,16 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def rewards_of(r: Rollout, problems: list[Problem]) -> np.ndarray:
-    """Rewards [B, G] of the rows of a rollout on B problems."""
-    G = len(r.answers) // len(problems)
-    repeated = [problem for problem in problems for _ in range(G)]
-    values = [reward(a, problem.gold, problem.equal) for a, problem in zip(r.answers, repeated)]
-    return np.array(values).reshape(len(problems), G)
+def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *how) -> tuple:
+    """A rollout of G samples of each of B problems, and its rewards [B, G]; how: see rollout().
 
-
-def evaluate_batch(
-    policy: Policy, batch: list[Problem], setting: Setting, config: Config, n: int
-) -> dict:
-    """Run n samples of each problem, answers greedy; what the evaluation needs of them, as sums.
-
-    Each sample's noise depends on (seed, problem, sample) alone.
+    Each sample's noise depends on (labels, problem, sample) alone.
     """
-    seeds = [row_seed(config.seed, 1, problem.id, g) for problem in batch for g in range(n)]
-    prompts = [problem.prompt for problem in batch]
-    r = rollout(policy, prompts, seeds, setting, config.eval_max_cot, config.max_answer, 0.0)
-    return {
-        "correct": (rewards_of(r, batch) == 100).sum(axis=1).tolist(),  # of n, for each problem
-        "stopped": sum(r.stopped),
-        "reached": r.cot.mask.sum(0).tolist(),  # CoTs with a token at position t
-        "entropy": r.cot.entropy.double().sum(0).tolist(),  # sum over these, in nats
-    }
+    samples = [(problem, g) for problem in problems for g in range(G)]
+    seeds = [row_seed(*labels, problem.id, g) for problem, g in samples]
+    r = rollout(policy, [problem.prompt for problem in problems], seeds, *how)
+    values = [reward(a, problem.gold, problem.equal) for a, (problem, _) in zip(r.answers, samples)]
+    return r, np.array(values).reshape(len(problems), G)
 
 
 def evaluate(
@@ -1009,19 +982,27 @@ def evaluate(
     batch has little padding. What log holds of the same evaluation is not done again.
     """
     n = 1 if setting.deterministic else n
+    how = (setting, config.eval_max_cot, config.max_answer, 0.0)  # 0.0: answers are greedy
     rows = config.prompts * config.samples  # as many at once as a training rollout
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
     size = max(1, rows // n)
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     texts = [(problem.prompt, problem.gold) for problem in ordered]
-    same = [n, size, config.eval_max_cot, config.max_answer, config.seed, setting, texts]
+    same = [n, size, config.eval_max_cot, config.max_answer, config.seed, config.dtype]
+    same += [setting, texts]
     same += [w.detach().double().sum().item() for w in policy.model.parameters() if log]
     key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
     old = read_jsonl(log) if log and log.exists() else []
     done = {row["batch"]: row for row in old if row["key"] == key}
     for i, batch in enumerate(tqdm(batches, leave=False, disable=not log)):
         if i not in done:
-            done[i] = evaluate_batch(policy, batch, setting, config, n)
+            r, rewards = rewarded(policy, batch, n, (config.seed, 1), *how)
+            done[i] = {
+                "correct": (rewards == 100).sum(axis=1).tolist(),  # of n, for each problem
+                "stopped": sum(r.stopped),
+                "reached": r.cot.mask.sum(0).tolist(),  # CoTs with a token at position t
+                "entropy": r.cot.entropy.double().sum(0).tolist(),  # sum over these, in nats
+            }
             if log:
                 append_jsonl(log, {"key": key, "batch": i, **done[i]})
     counts = [c for i in range(len(batches)) for c in done[i]["correct"]]
@@ -1130,22 +1111,19 @@ def append_jsonl(path: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def save_state(path: Path, policy: Policy, optimizer, schedule, step: int, best: float) -> None:
+def save_state(path: Path, saved: dict, step: int, best: float) -> None:
     """Save all that --resume needs; data order and noise follow from (seed, step) alone."""
-    state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"schedule": schedule.state_dict(), "step": step, "best": best}
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    states = {name: part.state_dict() for name, part in saved.items()}
+    torch.save({**states, "step": step, "best": best}, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
 
 
-def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, float]:
+def load_state(path: Path, saved: dict, device: torch.device) -> tuple[int, float]:
     """Put a saved state back; return the step it was saved after and the best score till then."""
     require(path.is_file(), f"--resume: there is no saved state {path}; start without --resume")
-    state = torch.load(path, map_location=policy.model.device, weights_only=True)
-    policy.model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
+    state = torch.load(path, map_location=device, weights_only=True)
+    for name, part in saved.items():
+        part.load_state_dict(state[name])
     return state["step"], state["best"]
 
 
@@ -1174,7 +1152,7 @@ def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
     """pass_at_k.png from eval.json: pass@k of the sampled settings, before and after training."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     rows = [row for row in read_json(out / "eval.json") if row["task"] == task]
-    latest = {(row["setting"], row["stage"]): row["k"] for row in rows}
+    latest = {(row["setting"], row["stage"]): row["k"] for row in rows if "k" in row}
     names = [n for n in SETTINGS if (n, "trained") in latest and not SETTINGS[n].deterministic]
     if not names:
         return
@@ -1222,10 +1200,9 @@ def report(folders: list[str]) -> str:
             scores = {f"pass@{k}": 100 * passed[k] for k in passed if int(k) in (1, row["n"])}
             scores |= {"accuracy": 100 * row["accuracy"], "NLL": row["nll"]} if not passed else {}
             column = "base" if row["stage"] == "base" else config["cot"]
+            run = (config["model"] or "toy", config["task"], row["task"], row["setting"])
             for metric, value in scores.items():
-                run = (config["model"] or "toy", config["task"], row["task"], row["setting"])
-                run += (metric,)
-                cells.setdefault(run, {}).setdefault(column, {})[config["seed"]] = value
+                cells.setdefault((*run, metric), {}).setdefault(column, {})[config["seed"]] = value
     names = ["model", "trained on", "tested on", "setting", "metric", *columns]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for run, found in cells.items():
@@ -1255,8 +1232,12 @@ def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> li
 
 
 def peak_gib(device: torch.device) -> float:
-    """Highest memory in GiB since the last call: of the GPU, else of this process (on Linux)."""
+    """Highest memory in GiB since the last call: of the GPU, else of this process (on Linux).
+
+    Waits for the GPU, so that a clock read next has the time of the work, not of its launch.
+    """
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 2**30
@@ -1275,14 +1256,11 @@ def train_step(
 
     Returns the step's metrics, its rollout [N rows] and its rewards [B, G].
     """
+    peak_gib(policy.model.device)  # forget what was before
     start = time.perf_counter()
-    setting = settings_of(config)[f"{config.cot}_sample"]
-    samples = [(problem.id, g) for problem in problems for g in range(config.samples)]
-    seeds = [row_seed(config.seed, 0, step, *sample) for sample in samples]
-    prompts = [problem.prompt for problem in problems]
-    r = rollout(policy, prompts, seeds, setting, config.max_cot, config.max_answer, 1.0)
-    rewards = rewards_of(r, problems)  # [B, G]
-    rolled, rollout_gib = time.perf_counter(), peak_gib(policy.model.device)
+    how = (settings_of(config)[f"{config.cot}_sample"], config.max_cot, config.max_answer, 1.0)
+    r, rewards = rewarded(policy, problems, config.samples, (config.seed, 0, step), *how)
+    rollout_gib, rolled = peak_gib(policy.model.device), time.perf_counter()
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
     stats = policy_gradient(policy, r, advantages.to(policy.model.device), config.micro_batch)
@@ -1291,7 +1269,7 @@ def train_step(
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    trained = time.perf_counter()
+    train_gib, trained = peak_gib(policy.model.device), time.perf_counter()
 
     tokens = r.cot.mask.sum().item() + r.answer.mask.sum().item()
     metrics = {
@@ -1306,7 +1284,7 @@ def train_step(
         **stats, "grad_norm": norm.item(), "lr": lr,
         "rollout_s": rolled - start, "train_s": trained - rolled,
         "tokens_per_s": tokens / (rolled - start),
-        "rollout_gib": rollout_gib, "train_gib": peak_gib(policy.model.device),
+        "rollout_gib": rollout_gib, "train_gib": train_gib,
     }
     return metrics, r, rewards
 
@@ -1329,12 +1307,12 @@ def bench(policy: Policy, config: Config) -> str:
             seeds, start = [row_seed(step, n) for n in range(N)], time.perf_counter()
             r = rollout(policy, prompts, seeds, setting, config.max_cot, config.max_answer, 1.0)
             tokens = (r.cot.mask.sum() + r.answer.mask.sum()).item()
-            rolled, gib = time.perf_counter(), peak_gib(device)
+            gib, rolled = peak_gib(device), time.perf_counter()
             policy_gradient(policy, r, advantages, config.micro_batch)
             optimizer.step()
             optimizer.zero_grad()
-            trained, s = time.perf_counter() - rolled, rolled - start
-            seen.append((tokens / s, s, trained, gib, peak_gib(device)))
+            train_gib, s = peak_gib(device), rolled - start
+            seen.append((tokens / s, s, time.perf_counter() - rolled, gib, train_gib))
         lines.append(f"{cot:10}" + "".join(f"{x:11.2f}" for x in np.median(seen[1:], axis=0)))
     ids, mask = policy.tokenize([prompt for prompt in prompts for _ in range(G)])
     how, seen = dict(do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T), []
@@ -1348,12 +1326,12 @@ def bench(policy: Policy, config: Config) -> str:
 
 
 def checkpoint(
-    policy: Policy, config: Config, out: Path, held_out: list, step: int, best: float, *saved
+    policy: Policy, config: Config, out: Path, held_out: list, step: int, best: float, saved: dict
 ) -> float:
     """Validate, keep the model in out/model if it is the best so far, save the state; new best.
 
     held_out: validation problems, run greedily in the trained mode; if there are none, the latest
-    model counts as the best. saved: optimizer and schedule.
+    model counts as the best. saved: what save_state() saves.
     """
     greedy = settings_of(config)[f"{config.cot}_greedy"]
     score = evaluate(policy, held_out, greedy, config, 1)["k"]["1"] if held_out else float(step)
@@ -1361,7 +1339,7 @@ def checkpoint(
         best = score
         policy.model.save_pretrained(out / "model")  # an ordinary folder for from_pretrained()
         policy.tokenizer.save_pretrained(out / "model")
-    save_state(out / "state.pt", policy, *saved, step, best)
+    save_state(out / "state.pt", saved, step, best)
     return best
 
 
@@ -1381,21 +1359,21 @@ def train(policy: Policy, config: Config, out: Path) -> None:
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
-    saved = (optimizer, schedule)
+    saved = {"model": policy.model, "optimizer": optimizer, "schedule": schedule}
     if config.resume:
-        done, best = load_state(out / "state.pt", policy, *saved)
+        done, best = load_state(out / "state.pt", saved, policy.model.device)
         forget_after(out, done)
     else:
-        done, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0, *saved)
+        done, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0, saved)
     every = max(1, config.steps // CHECKPOINTS)
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=config.cot)
     for step in bar:
         batch = prompts_of_step(problems, step, config.prompts, config.seed)
-        metrics, r, rewards = train_step(policy, batch, step, config, *saved)
+        metrics, r, rewards = train_step(policy, batch, step, config, optimizer, schedule)
         now = (step + 1) % every == 0 or step + 1 == config.steps
         log_step(out, metrics, r, rewards, with_samples=now or step == 0)
         if now:
-            best = checkpoint(policy, config, out, held_out, step + 1, best, *saved)
+            best = checkpoint(policy, config, out, held_out, step + 1, best, saved)
         shown = {key: f"{metrics[key]:.2f}" for key in ("reward", "success", "cot_len")}
         bar.set_postfix(**shown, best=f"{best:.2f}")
 
@@ -1403,8 +1381,9 @@ def train(policy: Policy, config: Config, out: Path) -> None:
 def forget_after(out: Path, step: int) -> None:
     """Drop the log lines of steps that a resumed run will do again."""
     for name in ("metrics.jsonl", "samples.jsonl"):
-        rows = [row for row in read_jsonl(out / name) if row["step"] <= step]
-        (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        rows = read_jsonl(out / name) if (out / name).exists() else []
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        (out / name).write_text(kept, encoding="utf-8")
 
 
 # ---- 11. Main -----------------------------------------------------------------------------------
@@ -1426,25 +1405,26 @@ def parse(arguments: list[str]) -> Config:
 
 
 def prepare(config: Config) -> Path:
-    """Make --out-dir ready, write config.json; a resumed run must have the same settings."""
+    """Make --out-dir; a run that is resumed must be there, with the same settings."""
     out = Path(config.out_dir)
-    new = dataclasses.asdict(dataclasses.replace(config, resume=False))
     if config.resume:
         there = (out / "config.json").is_file()
         require(there, f"--resume: {out} holds no run; leave --resume out")
-        old = read_json(out / "config.json")
+        new, old = dataclasses.asdict(config) | {"resume": False}, read_json(out / "config.json")
         changed = [flag(k) for k in new if k not in FREE_TO_CHANGE and new[k] != old.get(k)]
         require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
-    try:
+    with explained(OSError, f"--out-dir {out}: can't be made"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out-dir {out}: can't be made ({error.strerror})") from None
+    return out
+
+
+def begin(config: Config, out: Path) -> None:
+    """Write config.json, and remove what an older run has left there if a new one starts."""
     if not config.resume and not config.eval_only:
         for name in ("metrics.jsonl", "samples.jsonl", "eval.json", "state.pt"):
             (out / name).unlink(missing_ok=True)
     if not config.eval_only or not (out / "config.json").exists():
-        write_json(out / "config.json", new)
-    return out
+        write_json(out / "config.json", dataclasses.asdict(config) | {"resume": False})
 
 
 def run(config: Config) -> str:
@@ -1457,15 +1437,17 @@ def run(config: Config) -> str:
     config, filled_in = filled(config)
     print(filled_in)
     torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.device == "cpu")  # same seed, same bits
     out = prepare(config)
     policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
     if config.bench:
         return bench(policy, config)
+    begin(config, out)
     if config.eval_only:
         mine = config.model and Path(config.model).resolve() == (out / "model").resolve()
         evaluate_all(policy, config, "trained" if mine else "base", out / "eval.json")
         return f"Evaluated {config.model or 'the toy base'}: {out}/eval.json"
-    if config.eval_limit and not config.resume:
+    if config.eval_limit:
         evaluate_all(policy, config, "base", out / "eval.json")
     train(policy, config, out)
     plot_curves(out, config.cot)
@@ -1474,10 +1456,9 @@ def run(config: Config) -> str:
         return f"Not evaluated {last}"
     best, task = load_policy(config, str(out / "model")), config.eval_tasks[0]
     records = evaluate_all(best, config, "trained", out / "eval.json")
-    if task not in CHOICES:
-        plot_pass_at_k(out, config.cot, task)
-    name = next(row["setting"] for row in records if row["task"] == task)
+    plot_pass_at_k(out, config.cot, task)
     metric = "accuracy" if task in CHOICES else "pass@1"
+    name = "teacher_forced" if task in CHOICES else config.eval_settings[0]
     mine = [row for row in records if (row["setting"], row["task"]) == (name, task)]
     score = {row["stage"]: row["accuracy"] if task in CHOICES else row["k"]["1"] for row in mine}
     change = f"{task} {name} {metric} {score['base']:.3f} -> {score['trained']:.3f}"

@@ -482,6 +482,33 @@ def test_the_stop_phrase_counts_however_it_is_split(name, extra):
         assert filled == (opening.lstrip() if r.stopped[n] and over else opening)
 
 
+def test_a_window_that_slides_is_left_alone():
+    """Rows of a model with a sliding window stay in the batch, and the window has its own keys."""
+    torch.manual_seed(0)
+    tokenizer = char_tokenizer()
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0, bos_token_id=None, head_dim=16,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.2, sliding_window=8,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    policy, setting = Policy(model, tokenizer), SETTINGS["hard_sample"]
+    seeds = seeds_for(2)
+    r = sample(policy, setting, PROMPTS[:1], seeds, max_cot=30)
+    for n in range(2):
+        tokens, *_ = plain_rollout(policy, PROMPTS[0], seeds[n], setting, 30, 5)
+        assert r.cot.ids[n, : len(tokens)].tolist() == tokens
+
+
+def test_soft_inputs_have_the_type_of_the_embeddings_under_autocast():
+    policy = tiny_policy("llama")
+    policy.mixed = True
+    r = sample(policy, SETTINGS["soft_sample"])
+    assert r.cot.x.dtype == torch.float32
+    cot, _ = softcot.log_probs(policy, r)
+    assert (cot.detach() - r.cot.logp).abs().max() < 0.5  # of some hundred nats: bf16 arithmetic
+
+
 def test_finished_rows_leave_the_batch_and_come_back_for_the_answer():
     tokenizer = char_tokenizer()
     texts = ["ab" * n + " The final answer is: }" for n in (1, 8, 2, 30)]
@@ -868,7 +895,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-TIMES = ("rollout_s", "train_s", "tokens_per_s")
+TIMES = ("rollout_s", "train_s", "tokens_per_s", "rollout_gib", "train_gib")
 
 
 @pytest.mark.parametrize("cot", ["soft", "fuzzy", "hard"])
@@ -1177,3 +1204,20 @@ def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(tiny_f
         numbers = [float(x) for x in line.split()[1:]]
         assert len(numbers) == columns and min(numbers) >= 0 and numbers[0] > 0
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_bench_and_a_model_that_is_not_there_leave_the_files_of_a_run_alone(tiny_folder, tmp_path):
+    files = {"metrics.jsonl": "a", "state.pt": "b", "config.json": "{}", "eval.json": "[]"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    arguments = f"--prompts 2 --samples 2 --out-dir {tmp_path} --model ".split()
+    assert softcot.main(["--bench", *arguments, str(tiny_folder)]) == 0
+    assert softcot.main([*arguments, str(tmp_path / "nothing")]) == 2
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize("task", softcot.TASKS)
+def test_every_task_is_evaluated_unless_told_otherwise(task):
+    train = [] if softcot.TASKS[task].train else ["--eval-only"]
+    config, _ = softcot.filled(softcot.parse(["--task", task, "--model", "any", *train]))
+    assert config.eval_limit == 128 and config.eval_k == 32
