@@ -39,6 +39,7 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer
@@ -55,7 +56,6 @@ FREE_TO_CHANGE = "eval_tasks eval_settings eval_k micro_batch threads device".sp
 
 class UserError(Exception):
     """A mistake of the caller's; main() prints its one line of explanation, not a traceback."""
-
 
 # ---- 1. Settings: three ways to think, six ways to run a model ----------------------------------
 
@@ -98,7 +98,6 @@ def settings_of(config: "Config") -> dict[str, Setting]:
     if config.cot != "hard":
         table[f"{config.cot}_greedy"] = Setting(config.cot, config.tau, 0.0)
     return table
-
 
 # ---- 2. Config: one flag a field ----------------------------------------------------------------
 
@@ -238,7 +237,6 @@ def filled(config: Config) -> tuple[Config, str]:
     shown = {k: " ".join(v) if isinstance(v, list) else v for k, v in new.items()}
     text = " ".join(f"{flag(k)} {v}" for k, v in shown.items())
     return dataclasses.replace(config, **new), f"filled in: {text}"
-
 
 # ---- 3. Tasks, answers, rewards -----------------------------------------------------------------
 
@@ -500,7 +498,6 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     print(f"{name} {split}: {len(problems)} problems of {len(rows)} rows; skipped: {skipped}")
     return problems
 
-
 # ---- 4. Policy: a causal language model and its tokenizer ---------------------------------------
 
 @dataclass(eq=False)
@@ -524,10 +521,6 @@ class Policy:
         if type(embed) is nn.Embedding:
             return embed.weight
         return embed(torch.arange(embed.num_embeddings, device=self.model.device))
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings [..., D] of token ids [...]."""
-        return self.model.get_input_embeddings()(ids)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of last hidden states [..., H]; some models (Gemma 2) bound them."""
@@ -584,7 +577,6 @@ def load_policy(config: Config, source: str) -> Policy:
         known = torch.allclose(ours, model(token).logits, rtol=1e-2, atol=1e-2)
     require(known, f"--model {source}: Policy.head() does not know how it makes its logits")
     return policy
-
 
 # ---- 5. Soft tokens: mixture, noise, densities --------------------------------------------------
 
@@ -700,7 +692,6 @@ def draw(seeds: list[int], T: int, A: int, K: int, device) -> tuple[Tensor, Tens
         normal.append(torch.randn(T, K, generator=generator, device=device))
     return torch.stack(uniform), torch.stack(normal)
 
-
 # ---- 6. Rollout: think, then answer -------------------------------------------------------------
 
 @dataclass
@@ -783,10 +774,8 @@ def joined(parts: list[tuple[Tensor, Decoder]]) -> Decoder:
 
 
 @torch.no_grad()
-def rollout(
-    policy: Policy, prompts: list[str], seeds: list[int], setting: Setting, max_cot: int,
-    max_answer: int, answer_tau: float,
-) -> Rollout:
+def rollout(policy: Policy, prompts: list[str], seeds: list[int], setting: Setting, max_cot: int,
+            max_answer: int, answer_tau: float) -> Rollout:
     """Let the policy think about each prompt and answer it; no gradient is recorded.
 
     prompts: B texts; seeds: N = B*G numbers, the G of one prompt together. answer_tau: temperature
@@ -865,7 +854,6 @@ def generate(decoder, hidden, setting, E, sigma, eps, u, done) -> tuple[Part, li
     part.logp, part.entropy = part.logp * part.mask, part.entropy * part.mask
     return part, finished, [*left, (here, decoder)]
 
-
 # ---- 7. Log-probabilities, advantages, loss -----------------------------------------------------
 
 def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
@@ -875,9 +863,9 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
     them (eqs 9, 10). Positions outside the masks are 0; prompt, prefill and pads have no entry.
     Each different prompt runs once, and its samples attend to a copy of its keys and values.
     """
-    E = policy.embeddings()
-    thoughts = policy.embed(r.cot.ids) if r.cot.x is None else r.cot.x  # [N, T, D]
-    inputs = [thoughts, policy.embed(r.prefill_ids), policy.embed(r.answer.ids)]
+    E, embed = policy.embeddings(), policy.model.get_input_embeddings()
+    thoughts = embed(r.cot.ids) if r.cot.x is None else r.cot.x  # [N, T, D]
+    inputs = [thoughts, embed(r.prefill_ids), embed(r.answer.ids)]
     mask = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
     P, (T, F, A) = r.prompt_ids.shape[1], (x.shape[1] for x in inputs)
     prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
@@ -946,7 +934,6 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch:
             gaps.append((new.detach() - old).abs().max().item())
     return {"loss": loss, "logp_gap": float(np.max(gaps))}  # NaN if one is
 
-
 # ---- 8. Evaluation ------------------------------------------------------------------------------
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -971,10 +958,8 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *ho
     return r, np.array(values).reshape(len(problems), G)
 
 
-def evaluate(
-    policy: Policy, problems: list[Problem], setting: Setting, config: Config, n: int,
-    log: Optional[Path] = None,
-) -> dict:
+def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: Config, n: int,
+             log: Optional[Path] = None) -> dict:
     """pass@1, 2, 4, ... n of a setting with n samples a problem (1 if it is deterministic).
 
     k_error: standard error of each pass@k over the problems. entropy_by_position: mean over the
@@ -1089,7 +1074,6 @@ def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> list
                 f" {scores['cot_len']:8.1f} {scores['stop_rate']:5.2f} {scores['cot_entropy']:8.3f}"
             )
     return records
-
 
 # ---- 9. Files and figures -----------------------------------------------------------------------
 
@@ -1218,7 +1202,6 @@ def report(folders: list[str]) -> str:
         lines.append(f"| {' | '.join((Path(run[0]).name, *run[1:], *texts))} |")
     return "\n".join(lines) + "\n"
 
-
 # ---- 10. Training -------------------------------------------------------------------------------
 
 def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> list[Problem]:
@@ -1229,6 +1212,41 @@ def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> li
         order = np.random.default_rng([seed, epoch]).permutation(len(problems))
         chosen.append(problems[order[place]])
     return chosen
+
+
+def round_by_chance(x: Tensor) -> Tensor:
+    """fp32 to bf16, up or down with the chances that make the mean right: [..] -> [..].
+
+    bf16 is the upper half of an fp32: add a random lower half, and cut the lower half off.
+    """
+    bits = x.view(torch.int32) + torch.randint_like(x, 1 << 16, dtype=torch.int32)
+    return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+
+
+class AdamW16(torch.optim.AdamW):
+    """AdamW for bf16 weights: computed in fp32, weights and moments rounded by chance to bf16.
+
+    Rounded to nearest, a step of 1e-5 would leave nearly every weight of 0.01 as it was.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the weights that have a gradient, one by one: few fp32 copies live at a time."""
+        (group,) = self.param_groups
+        how = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        for w in group["params"]:
+            if w.grad is None:
+                continue
+            state = self.state[w]
+            if not state:
+                state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(w)}
+                state["exp_avg_sq"] = torch.zeros_like(w)
+            rounded = (w, state["exp_avg"], state["exp_avg_sq"])
+            exact, m, v = (x.float() for x in rounded)
+            steps, (beta1, beta2) = [state["step"]], group["betas"]
+            adamw([exact], [w.grad.float()], [m], [v], [], steps, beta1=beta1, beta2=beta2, **how)
+            for old, new in zip(rounded, (exact, m, v)):
+                old.copy_(round_by_chance(new))
 
 
 def peak_gib(device: torch.device) -> float:
@@ -1249,9 +1267,8 @@ def peak_gib(device: torch.device) -> float:
     return peak / 2**20
 
 
-def train_step(
-    policy: Policy, problems: list[Problem], step: int, config: Config, optimizer, schedule
-) -> tuple[dict, Rollout, np.ndarray]:
+def train_step(policy: Policy, problems: list[Problem], step: int, config: Config, optimizer,
+               schedule) -> tuple[dict, Rollout, np.ndarray]:
     """One step of the algorithm: rollout, rewards, advantages, gradient, update.
 
     Returns the step's metrics, its rollout [N rows] and its rewards [B, G].
@@ -1266,6 +1283,7 @@ def train_step(
     stats = policy_gradient(policy, r, advantages.to(policy.model.device), config.micro_batch)
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM)
     lr = schedule.get_last_lr()[0]
+    torch.manual_seed(row_seed(config.seed, 2, step))  # of AdamW16's chances
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
@@ -1325,9 +1343,8 @@ def bench(policy: Policy, config: Config) -> str:
     return "\n".join([*lines, f"generate(){N * T / s:11.2f}{s:11.2f}"])
 
 
-def checkpoint(
-    policy: Policy, config: Config, out: Path, held_out: list, step: int, best: float, saved: dict
-) -> float:
+def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: int, best: float,
+               saved: dict) -> float:
     """Validate, keep the model in out/model if it is the best so far, save the state; new best.
 
     held_out: validation problems, run greedily in the trained mode; if there are none, the latest
@@ -1356,8 +1373,8 @@ def train(policy: Policy, config: Config, out: Path) -> None:
     """The algorithm: for each step sample, reward, update; now and then validate and save."""
     problems = load_problems(config, config.task, "train")
     held_out = load_problems(config, config.task, "validation")[: config.eval_limit]
-    optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
+    kind = AdamW16 if config.dtype == "bf16" else torch.optim.AdamW
+    optimizer = kind(policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
     saved = {"model": policy.model, "optimizer": optimizer, "schedule": schedule}
     if config.resume:
@@ -1384,7 +1401,6 @@ def forget_after(out: Path, step: int) -> None:
         rows = read_jsonl(out / name) if (out / name).exists() else []
         kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
         (out / name).write_text(kept, encoding="utf-8")
-
 
 # ---- 11. Main -----------------------------------------------------------------------------------
 

@@ -180,7 +180,7 @@ def test_the_mixture_of_a_certain_token_is_its_embedding_as_the_model_computes_i
     V = len(policy.tokenizer)
     logits = torch.full((V, V), -1e4).fill_diagonal_(1e4)
     E = policy.embeddings()
-    assert torch.equal(softcot.mixture(logits, 0.5, E), policy.embed(torch.arange(V)))
+    assert torch.equal(softcot.mixture(logits, 0.5, E), policy.model.get_input_embeddings()(torch.arange(V)))
 
 
 def test_embeddings_of_a_scaling_model_are_scaled_and_carry_gradient():
@@ -224,7 +224,7 @@ def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
     model, E = policy.model, policy.embeddings().detach()
     sigma = setting.noise * E.square().mean().sqrt().item()
     u, eps = softcot.draw([seed], max_cot, max_answer, E.shape[1] if sigma else 0, "cpu")
-    x = policy.embed(policy.tokenizer(prompt, return_tensors="pt").input_ids)[0].detach()
+    x = policy.model.get_input_embeddings()(policy.tokenizer(prompt, return_tensors="pt").input_ids)[0].detach()
     tokens, inputs, logps, text = [], [], [], ""
     for t in range(max_cot):
         logits = model(inputs_embeds=x[None]).logits[0, -1].detach()
@@ -250,7 +250,7 @@ def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
             break
     opening = " \\boxed{" if "The final answer is:" in text else "The final answer is: \\boxed{"
     prefill = policy.tokenizer(opening, return_tensors="pt", add_special_tokens=False).input_ids
-    x = torch.cat([x, policy.embed(prefill)[0].detach()])
+    x = torch.cat([x, policy.model.get_input_embeddings()(prefill)[0].detach()])
     answer, answer_logps = [], []
     for a in range(max_answer):
         logp = torch.log_softmax(model(inputs_embeds=x[None]).logits[0, -1].detach(), -1)
@@ -339,7 +339,7 @@ def test_noise_elsewhere_is_gaussian_there_and_its_log_probability_is_recomputed
     for n in range(30):
         T = int(mask[n].sum())
         ids = r.prompt_ids[n][r.prompt_mask[n]]
-        inputs = torch.cat([policy.embed(ids), r.cot.x[n, :T]])
+        inputs = torch.cat([policy.model.get_input_embeddings()(ids), r.cot.x[n, :T]])
         out = policy.model.model(inputs_embeds=inputs[None]).last_hidden_state[0]
         hidden = out[len(ids) - 1 : -1].detach().double().numpy()  # [T, 32] before each thought
         logits, z = hidden @ head.T, r.cot.z[n, :T].double().numpy()
@@ -405,7 +405,7 @@ def test_prompts_read_once_and_chunks_give_the_gradient_of_a_plain_pass(kind, na
         T, A = r.cot.mask[n].sum(), r.answer.mask[n].sum()
         P, F = r.prompt_mask[n].sum(), r.prefill_mask[n].sum()
         ids = [r.prompt_ids[n, -P:], r.cot.ids[n, :T], r.prefill_ids[n, -F:], r.answer.ids[n, :A]]
-        parts = [policy.embed(i) for i in ids]
+        parts = [policy.model.get_input_embeddings()(i) for i in ids]
         if name == "soft_sample":
             parts[1] = r.cot.x[n, :T]
         logits = policy.model(inputs_embeds=torch.cat(parts)[None]).logits[0]
@@ -1221,3 +1221,60 @@ def test_every_task_is_evaluated_unless_told_otherwise(task):
     train = [] if softcot.TASKS[task].train else ["--eval-only"]
     config, _ = softcot.filled(softcot.parse(["--task", task, "--model", "any", *train]))
     assert config.eval_limit == 128 and config.eval_k == 32
+
+
+def test_rounding_by_chance_is_right_on_average_and_exact_where_it_can_be():
+    torch.manual_seed(0)
+    x = torch.tensor([1.0, -1.5, 0.0, 1 + 2**-9, -(1 + 2**-10), 3e-5, 1e30])
+    rounded = torch.stack([softcot.round_by_chance(x) for _ in range(20_000)])
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded[:, :3].float() == x[:3]).all()
+    step = torch.tensor([2**-7, 2**-7])  # of bf16 just above 1
+    error = (rounded[:, 3:5].double().mean(0) - x[3:5].double()).abs()
+    assert (error < 4 * 0.5 * step / 20_000**0.5).all()
+    assert set(rounded[:, 3].tolist()) == {1.0, 1 + 2**-7}
+    relative = rounded[:, 5:].double().mean(0) / x[5:].double() - 1
+    assert (relative.abs() < 4 * 2**-8 / 20_000**0.5).all()
+
+
+def test_bf16_weights_move_at_a_small_learning_rate_and_by_the_right_mean():
+    def moved(kind, dtype):
+        torch.manual_seed(0)
+        w = nn.Parameter(torch.full((200_000,), 0.013).to(dtype))
+        optimizer = kind([w], lr=3e-6, betas=softcot.BETAS, weight_decay=0.0)
+        start = w.detach().clone()
+        for _ in range(3):
+            w.grad = torch.full_like(w, 2.0)
+            optimizer.step()
+        assert all(v.dtype == dtype for k, v in optimizer.state[w].items() if k != "step")
+        return (w.detach().double() - start.double())
+
+    exact = moved(torch.optim.AdamW, torch.float32)
+    nearest = moved(torch.optim.AdamW, torch.bfloat16)
+    by_chance = moved(softcot.AdamW16, torch.bfloat16)
+    assert exact.mean().item() == pytest.approx(-9e-6, rel=1e-3)
+    assert (nearest == 0).all()  # what AdamW16 is for
+    assert 0.05 < (by_chance != 0).double().mean() < 0.5
+    assert by_chance.mean().item() == pytest.approx(exact.mean().item(), rel=0.05)
+
+
+def test_a_bf16_run_trains_and_is_resumed_to_the_bit(tiny_folder, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = ("--dtype", "bf16", "--steps", "4")
+    assert tiny_run(tiny_folder, whole, *arguments) == 0
+
+    def stop(*arguments, real=softcot.log_step, **named):
+        real(*arguments, **named)
+        if arguments[1]["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softcot, "log_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_run(tiny_folder, cut, *arguments)
+    assert tiny_run(tiny_folder, cut, *arguments, "--resume") == 0
+    ours, theirs = (torch.load(f / "state.pt", weights_only=True)["model"] for f in (whole, cut))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert all(value.dtype == torch.bfloat16 for value in ours.values())
+    assert any((base[key].bfloat16() != ours[key]).any() for key in ours)
