@@ -228,7 +228,7 @@ def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
     tokens, inputs, logps, text = [], [], [], ""
     for t in range(max_cot):
         logits = model(inputs_embeds=x[None]).logits[0, -1].detach()
-        if setting.hard:
+        if setting.cot == "hard":
             if setting.tau == 0:
                 token, logp = logits.argmax(), 0.0
             else:
@@ -281,7 +281,7 @@ def test_a_cached_batched_padded_rollout_equals_a_plain_one(kind, name, ends):
         assert r.answer.mask[n].tolist() == [a < A for a in range(r.answer.mask.shape[1])]
         assert r.cot.ids[n, :T].tolist() == tokens
         assert r.answer.ids[n, :A].tolist() == answer
-        if not setting.hard:  # a soft CoT feeds back on itself, so that rounding errors grow
+        if setting.cot != "hard":  # a soft CoT feeds back on itself, so that rounding errors grow
             torch.testing.assert_close(r.cot.x[n, :T], inputs, rtol=0, atol=2e-3)
         np.testing.assert_allclose(r.cot.logp[n, :T], logps, rtol=1e-3, atol=2e-3)
         np.testing.assert_allclose(r.answer.logp[n, :A], answer_logps, rtol=1e-3, atol=2e-3)
@@ -1278,3 +1278,13 @@ def test_a_bf16_run_trains_and_is_resumed_to_the_bit(tiny_folder, tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert all(value.dtype == torch.bfloat16 for value in ours.values())
     assert any((base[key].bfloat16() != ours[key]).any() for key in ours)
+
+
+def test_the_product_for_few_rows_equals_the_plain_one():
+    torch.manual_seed(0)
+    for bias, shape in itertools.product((True, False), ((1, 1), (8, 1), (3, 5), (9, 9))):
+        linear, x = nn.Linear(7, 4, bias=bias), torch.randn(*shape, 7)
+        with torch.no_grad():
+            torch.testing.assert_close(softcot.few_rows(linear, x), linear(x))
+        softcot.few_rows(linear, x).sum().backward()
+        assert linear.weight.grad is not None
