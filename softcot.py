@@ -1311,17 +1311,17 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
 
 
 def bench(policy: Policy, config: Config) -> str:
-    """The table of --bench: medians of three steps of each mode, every row with an advantage.
+    """Print the table of --bench: medians of three steps of each mode, all rows with an advantage.
 
-    The learning rate is 0, so that all steps do the same work. generate() samples hard tokens after
-    the same prompts, as many as a rollout may have.
+    The learning rate is 0, so that all steps do the same work. The last row, which is returned, is
+    that of generate(): hard tokens after the same prompts, as many as a rollout may have.
     """
     problems, device = load_problems(config, config.task, "train"), policy.model.device
     prompts, G = [problem.prompt for problem in problems[: config.prompts]], config.samples
     N, T = len(prompts) * G, config.max_cot + config.max_answer
     advantages = torch.tensor([1.0, -1.0] * N, device=device)[:N]
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
-    lines = ["            tokens/s  rollout s   train s  rollout GiB  train GiB"]
+    print("             tokens/s  rollout s    train s rollout GiB  train GiB", flush=True)
     for cot in ("hard", "soft", "fuzzy"):
         seen, setting = [], SETTINGS[f"{cot}_sample"]
         for step in range(4):  # the first is left out
@@ -1334,7 +1334,7 @@ def bench(policy: Policy, config: Config) -> str:
             optimizer.zero_grad()
             train_gib, s = peak_gib(device), rolled - start
             seen.append((tokens / s, s, time.perf_counter() - rolled, gib, train_gib))
-        lines.append(f"{cot:10}" + "".join(f"{x:11.2f}" for x in np.median(seen[1:], axis=0)))
+        print(f"{cot:10}", *(f"{x:10.2f}" for x in np.median(seen[1:], axis=0)), flush=True)
     for module in policy.model.modules():
         module.__dict__.pop("forward", None)  # generate() as it comes, without few_rows()
     ids, mask = policy.tokenize([prompt for prompt in prompts for _ in range(G)])
@@ -1342,7 +1342,7 @@ def bench(policy: Policy, config: Config) -> str:
     with policy.arithmetic():
         seen = timeit.repeat(lambda: policy.model.generate(ids, **how), number=1, repeat=4)
     s = np.median(seen[1:])
-    return "\n".join([*lines, f"generate(){N * T / s:11.2f}{s:11.2f}"])
+    return f"generate() {N * T / s:10.2f} {s:10.2f}"
 
 
 def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: int, best: float,
