@@ -8,16 +8,19 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that read it
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 import transformers
+from nbclient import NotebookClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
@@ -1282,9 +1285,34 @@ def test_a_bf16_run_trains_and_is_resumed_to_the_bit(tiny_folder, tmp_path):
 
 def test_the_product_for_few_rows_equals_the_plain_one():
     torch.manual_seed(0)
-    for bias, shape in itertools.product((True, False), ((1, 1), (8, 1), (3, 5), (9, 9))):
+    for bias, shape in itertools.product((True, False), ((1, 1), (8, 1), (3, 5), (9, 9), (0,))):
         linear, x = nn.Linear(7, 4, bias=bias), torch.randn(*shape, 7)
         with torch.no_grad():
             torch.testing.assert_close(softcot.few_rows(linear, x), linear(x))
         softcot.few_rows(linear, x).sum().backward()
         assert linear.weight.grad is not None
+
+
+def test_choices_are_evaluated_from_the_command_line(tiny_folder, tmp_path):
+    data = tmp_path / "hellaswag"
+    data.mkdir()
+    rows = [{"ctx": f"{i}+1=", "endings": ["2", "3", "1+1"], "label": "1"} for i in range(4)]
+    (data / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = f"--eval-only --model {tiny_folder} --data-dir {tmp_path} --eval-tasks hellaswag"
+    assert softcot.main([*arguments.split(), "--out-dir", str(tmp_path / "out")]) == 0
+    (record,) = softcot.read_json(tmp_path / "out" / "eval.json")
+    assert record["problems"] == 4 and 0 <= record["accuracy"] <= 1 and record["nll"] > 0
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_a_notebook_runs_and_its_lessons_hold(path, tmp_path):
+    for name in ("softcot.py", "toy_tasks.py"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert path.stat().st_size < 300_000
+    assert all(len(cell.source.splitlines()) <= 30 and cell.execution_count for cell in code)
+    assert any("assert " in cell.source for cell in code)
+    where = {"metadata": {"path": str(tmp_path / "notebooks")}}
+    NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where).execute()
