@@ -1,6 +1,6 @@
 """Tests of softcot: every one compares with an oracle (numpy, float64, brute force, a plain loop).
 
-    python -m pytest                 # about 3 minutes on 2 CPU cores, no network
+    python -m pytest                 # about 4 minutes on 2 CPU cores, no network
 """
 
 import dataclasses
