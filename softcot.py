@@ -42,6 +42,7 @@ from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import toy_tasks
 
@@ -51,6 +52,7 @@ BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 st
 CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
 CHECKPOINTS = 20  # validations and saved states in a run, at least, if it has as many steps
 FREE_TO_CHANGE = "eval_tasks eval_settings eval_k micro_batch threads device".split()
+FREE_TO_CHANGE += ["gradient_checkpointing"]
 
 
 class UserError(Exception):
@@ -149,7 +151,8 @@ class Config:
     eval_settings: list[str] = option(list(SETTINGS), f"some of: {' '.join(SETTINGS)}")
     eval_k: Optional[int] = option(None, "k: samples a problem in evaluation, for pass@k")
     eval_limit: Optional[int] = option(None, "test problems to evaluate; 0 skips all evaluation")
-    micro_batch: Optional[int] = option(None, "sequences in one backward pass (memory, not result)")
+    micro_batch: Optional[int] = option(None, "tokens in one backward pass (memory, not result)")
+    gradient_checkpointing: bool = option(False, "run layers again in the backward pass: memory")
     dtype: Optional[Literal["fp32", "bf16-mixed", "bf16"]] = option(
         None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic")
     device: Optional[str] = option(None, "cpu, cuda, ... (default: cuda where there is one)")
@@ -271,7 +274,7 @@ class Task:
 
 
 PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
-PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32, "micro_batch": 8}
+PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32, "micro_batch": 2048}
 PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512, "eval_limit": 128}
 
 
@@ -501,6 +504,7 @@ class Policy:
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     mixed: bool = False  # bf16 arithmetic on fp32 weights
+    recomputes: bool = False  # the backward pass runs each layer again: see load_policy()
 
     def arithmetic(self):
         """The context in which rollout and loss both run the model."""
@@ -577,6 +581,10 @@ def load_policy(config: Config, source: str) -> Policy:
         if type(module) is nn.Linear:
             module.forward = partial(few_rows, module)
     policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
+    for module in model.modules() if config.gradient_checkpointing else ():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.forward = partial(recompute, module.forward, use_reentrant=False)
+            policy.recomputes = True
     with torch.no_grad():
         token = torch.tensor([[tokenizer.eos_token_id]], device=policy.model.device)
         ours = policy.head(policy.model.base_model(input_ids=token).last_hidden_state)
@@ -718,9 +726,17 @@ class Rollout:
 
 
 def rows_of(x, index: Tensor):
-    """The rows that index [M] selects of a tensor, a list, or every field of a Part or Rollout."""
+    """The rows that index [M] selects of a tensor, a list, or every field of a Part or Rollout.
+
+    The columns of a Part end where the longest of these rows does.
+    """
     if isinstance(x, (Part, Rollout)):
-        return dataclasses.replace(x, **{k: rows_of(v, index) for k, v in vars(x).items()})
+        fields = {k: rows_of(v, index) for k, v in vars(x).items()}
+        if isinstance(x, Part):
+            used = fields["mask"].any(dim=0).nonzero().flatten().tolist()
+            end = used[-1] + 1 if used else 0
+            fields = {k: v if v is None else v[:, :end] for k, v in fields.items()}
+        return type(x)(**fields)
     if isinstance(x, list):
         return [x[i] for i in index.tolist()]
     return x[index] if isinstance(x, Tensor) else x
@@ -743,8 +759,8 @@ class Decoder:
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
         positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)  # among the row's real tokens
         out = self.policy.model.base_model(
-            **inputs, attention_mask=self.mask.long(), past_key_values=self.cache, use_cache=True,
-            position_ids=positions[:, -mask.shape[1] :],
+            **inputs, attention_mask=self.mask.long(), position_ids=positions[:, -mask.shape[1] :],
+            past_key_values=self.cache, use_cache=self.cache is not None,
         )  # fmt: skip
         return out.last_hidden_state
 
@@ -869,13 +885,17 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
     them (eqs 9, 10). Positions outside the masks are 0; prompt, prefill and pads have no entry.
     Each different prompt runs once, and its samples attend to a copy of its keys and values.
     """
-    E, embed = policy.embeddings(), policy.model.get_input_embeddings()
-    thoughts = embed(r.cot.ids) if r.cot.x is None else r.cot.x  # [N, T, D]
-    inputs = [thoughts, embed(r.prefill_ids), embed(r.answer.ids)]
+    embed = policy.model.get_input_embeddings()
     mask = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
-    P, (T, F, A) = r.prompt_ids.shape[1], (x.shape[1] for x in inputs)
     prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
     prompts, which = prompts.unique(dim=0, return_inverse=True)  # [B, P] different ones, [N]
+    P, T, F, A = (x.shape[1] for x in (prompts, r.cot.ids, r.prefill_ids, r.answer.ids))
+    ids = [prompts.clamp(min=0), r.prefill_ids, r.answer.ids]
+    ids += [r.cot.ids] if r.cot.x is None else []
+    looked_up = embed(torch.cat([x.flatten() for x in ids]))  # at once: one gradient as large as E
+    parts = looked_up.split([x.numel() for x in ids])
+    prompt, prefill, answer, *cot = (v.unflatten(0, x.shape) for v, x in zip(parts, ids))
+    rest = torch.cat([cot[0] if cot else r.cot.x, prefill, answer], dim=1)  # [N, T+F+A, D]
 
     def logp_of(part: Part, setting: Setting, hidden: Tensor) -> Tensor:
         """log pi of a phase whose positions follow on hidden [N, T, H]: [N, T]."""
@@ -885,17 +905,24 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
             logits = policy.head(hidden)
             if setting.cot == "hard":
                 return categorical_logp(ids, logits, setting.tau)
-            return gaussian_logp(noisy, noised(hidden, logits, setting, E, top)[0], r.sigma)
+            mean, _ = noised(hidden, logits, setting, policy.embeddings(), top)
+            return gaussian_logp(noisy, mean, r.sigma)
 
         noisy = part.x if part.z is None else part.z
-        return in_chunks(logp, E.shape[0], part.mask, hidden, part.ids, noisy, part.top)
+        return in_chunks(logp, embed.num_embeddings, part.mask, hidden, part.ids, noisy, part.top)
 
     with policy.arithmetic():
         decoder = Decoder(policy)
-        first = decoder.feed(prompts >= 0, input_ids=prompts.clamp(min=0))  # [B, P, H]
-        decoder = decoder.rows(which)
-        rest = decoder.feed(mask[:, P:], inputs_embeds=torch.cat(inputs, dim=1))  # [N, T+F+A, H]
-        hidden = torch.cat([first[which, -1:], rest], dim=1)  # column i predicts what follows it
+        if policy.recomputes:  # layers that run twice can't fill a cache: rows run with their prompt
+            decoder.cache = None
+            whole = torch.cat([prompt[which], rest], dim=1)  # [N, L, D]
+            hidden = decoder.feed(mask, inputs_embeds=whole)[:, P - 1 :]
+        else:
+            first = decoder.feed(prompts >= 0, inputs_embeds=prompt)  # [B, P, H]
+            hidden = decoder.rows(which).feed(mask[:, P:], inputs_embeds=rest)  # [N, T+F+A, H]
+            hidden = torch.cat([first[which, -1:], hidden], dim=1)
+        # column i of hidden predicts what follows it
+        hidden.requires_grad_(torch.is_grad_enabled())  # in_chunks() needs it, even of a constant
         cot = logp_of(r.cot, r.setting, hidden[:, :T])
         answer = logp_of(r.answer, SETTINGS["hard_sample"], hidden[:, T + F : T + F + A])
     return cot, answer
@@ -905,13 +932,15 @@ def in_chunks(f: Callable, V: int, mask: Tensor, *tensors: Optional[Tensor]) -> 
     """f over the True positions of mask [N, T], 0 elsewhere, a few at a time: [N, T].
 
     What f makes (logits: V numbers a position, the largest tensors of all) exists for one chunk
-    only, and is made again in the backward pass. tensors: [N, T, ...], or None to pass None.
+    only, and is made again in the backward pass, where "reentrant" adds each chunk's gradient to
+    the weights' at once instead of summing them beside it. tensors: [N, T, ...], or None.
     """
     size = max(1, CHUNK // V)
     count = int(mask.sum())
     parts = [[None] * (count + 1) if t is None else t[mask].split(size) for t in tensors]
-    values = [recompute(f, *part, use_reentrant=False) for part in zip(*parts)]
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(values))
+    run = partial(recompute, f, use_reentrant=True) if torch.is_grad_enabled() else f
+    values = torch.cat([run(*part) for part in zip(*parts)])
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
@@ -920,24 +949,39 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(dim=1, keepdim=True)) * G / (G - 1)
 
 
+def micro_batches(r: Rollout, rows: list[int], tokens: int) -> list[list[int]]:
+    """The given rows in order, cut into batches of at most so many tokens, padding included."""
+    batches, longest = [], 0
+    fixed = r.prompt_ids.shape[1] + r.prefill_ids.shape[1] + r.answer.ids.shape[1]
+    lengths = r.cot.mask.sum(1).tolist()
+    for n in rows:
+        longest = max(longest, lengths[n])
+        if batches and (len(batches[-1]) + 1) * (fixed + longest) <= tokens:
+            batches[-1].append(n)
+        else:
+            batches.append([n])
+            longest = lengths[n]
+    return batches
+
+
 def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch: int) -> dict:
     """Add the gradient of -(1/N) sum_n A_n l_n to the parameters   (eqs 13-15); return statistics.
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
-    the whole rollout, so the gradient does not depend on micro_batch. Rows with A_n = 0 add nothing
-    and are skipped. loss: the sum over all rows; logp_gap: the largest gap of a log-probability
-    here and in the rollout (0 but for rounding).
+    the whole rollout, so the gradient does not depend on micro_batch (tokens at a time). Rows with
+    A_n = 0 add nothing and are skipped. loss: the sum over all rows; logp_gap: the largest gap of a
+    log-probability here and in the rollout (0 but for rounding).
     """
     N, loss, gaps = len(advantages), 0.0, [0.0]
-    used = advantages.nonzero().flatten()
-    for index in used.split(micro_batch) if len(used) else ():
+    for rows in micro_batches(r, advantages.nonzero().flatten().tolist(), micro_batch):
+        index = torch.tensor(rows, device=advantages.device)
         part = rows_of(r, index)
         cot, answer = log_probs(policy, part)  # [M, T], [M, A]
         part_loss = -(advantages[index] * (cot.sum(1) + answer.sum(1))).sum() / N
         part_loss.backward()
         loss += part_loss.item()
-        for new, old in ((cot, part.cot.logp), (answer, part.answer.logp)):
-            gaps.append((new.detach() - old).abs().max().item())
+        gap = torch.cat([cot - part.cot.logp, answer - part.answer.logp], dim=1).detach()
+        gaps.append(gap.abs().max().item())
     return {"loss": loss, "logp_gap": float(np.max(gaps))}  # NaN if one is
 
 

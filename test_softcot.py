@@ -400,7 +400,7 @@ def test_prompts_read_once_and_chunks_give_the_gradient_of_a_plain_pass(kind, na
     r = sample(policy, SETTINGS[name])
     advantages = torch.tensor([3.0, -1.0, 1.0, 2.0, 0.5, -4.0])
     monkeypatch.setattr(softcot, "CHUNK", 3 * len(policy.tokenizer))
-    loss, grads = gradient_of(policy, r, advantages, 6)
+    loss, grads = gradient_of(policy, r, advantages, 10**6)
     # the oracle: row by row, without padding, cache or chunks, and all logits kept
     policy.model.zero_grad()
     plain = 0
@@ -433,9 +433,9 @@ def test_log_probabilities_in_chunks_equal_those_in_one_piece(monkeypatch):
     policy = tiny_policy("llama")
     r = sample(policy, SETTINGS["soft_sample"])
     advantages = torch.tensor([3.0, -1.0, 0.0, 2.0, 0.0, -4.0])
-    loss, whole = gradient_of(policy, r, advantages, 6)
+    loss, whole = gradient_of(policy, r, advantages, 10**6)
     monkeypatch.setattr(softcot, "CHUNK", 3 * len(policy.tokenizer))
-    pieces_loss, pieces = gradient_of(policy, r, advantages, 6)
+    pieces_loss, pieces = gradient_of(policy, r, advantages, 10**6)
     assert pieces_loss == pytest.approx(loss, rel=1e-5)
     for name in whole:
         scale = whole[name].abs().max()
@@ -591,13 +591,13 @@ def test_micro_batches_and_skipped_rows_leave_loss_and_gradient_unchanged(name):
     policy = tiny_policy("llama")
     r = sample(policy, SETTINGS[name])
     advantages = torch.tensor([3.0, -1.0, 0.0, 2.0, 0.0, -4.0])
-    whole_loss, whole = gradient_of(policy, r, advantages, 6)
+    whole_loss, whole = gradient_of(policy, r, advantages, 10**6)
     policy.model.zero_grad()
     cot, answer = softcot.log_probs(policy, r)  # all six rows, none skipped
     loss = -(advantages * (cot.sum(1) + answer.sum(1))).sum() / 6
     loss.backward()
     assert whole_loss == pytest.approx(loss.item(), rel=1e-5)
-    for micro_batch in (1, 4):
+    for micro_batch in (1, 150, 300):  # tokens
         part_loss, part = gradient_of(policy, r, advantages, micro_batch)
         assert part_loss == pytest.approx(whole_loss, rel=1e-5)
         for parameter in whole:
@@ -607,10 +607,53 @@ def test_micro_batches_and_skipped_rows_leave_loss_and_gradient_unchanged(name):
             )
 
 
+def test_micro_batches_hold_every_row_once_and_no_more_tokens_than_allowed():
+    policy = tiny_policy("llama")
+    r = sample(policy, SETTINGS["hard_sample"], max_cot=40)
+    lengths = [40, 13, 1, 25, 40, 2]
+    r.cot.mask = torch.arange(40) < torch.tensor(lengths)[:, None]
+    fixed = r.prompt_ids.shape[1] + r.prefill_ids.shape[1] + r.answer.ids.shape[1]
+    for tokens in (1, 150, 200, 300, 10**6):
+        batches = softcot.micro_batches(r, [0, 1, 3, 4, 5], tokens)
+        assert [n for batch in batches for n in batch] == [0, 1, 3, 4, 5]
+        sizes = [len(batch) * (fixed + max(lengths[n] for n in batch)) for batch in batches]
+        assert all(s <= tokens or len(b) == 1 for s, b in zip(sizes, batches))
+        # greedy: the first row of a batch would not have fitted into the batch before
+        for before, after in zip(batches, batches[1:]):
+            longer = max(lengths[n] for n in before + after[:1])
+            assert (len(before) + 1) * (fixed + longer) > tokens
+    part = softcot.rows_of(r, torch.tensor([lengths.index(min(lengths))]))
+    assert part.cot.mask.all() and part.cot.mask.shape == (1, min(lengths))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_no_rollout_and_no_gradient(kind, tmp_path):
+    """Checked against the same weights without it; and the layers do run again."""
+    tiny = tiny_policy(kind)
+    tiny.model.save_pretrained(tmp_path), tiny.tokenizer.save_pretrained(tmp_path)
+    seen = []
+    for on in (False, True):
+        config, _ = softcot.filled(softcot.Config(gradient_checkpointing=on, device="cpu"))
+        policy = softcot.load_policy(config, str(tmp_path))
+        r = sample(policy, SETTINGS["soft_sample"])
+        mlp = next(m for n, m in policy.model.named_modules() if n.endswith(".mlp"))
+        calls = []
+        mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        advantages = torch.tensor([3.0, -1.0, 0.0, 2.0, 0.0, -4.0])
+        loss, grads = gradient_of(policy, r, advantages, 10**6)
+        seen.append((r.cots, loss, grads, len(calls)))
+    (cots, loss, grads, _), (new_cots, new_loss, new_grads, calls) = seen
+    assert new_cots == cots and new_loss == pytest.approx(loss, rel=1e-5)
+    assert calls == 2  # forward, and again in the backward pass
+    for name, grad in grads.items():
+        scale = grad.abs().max().clamp(min=1e-9)
+        assert ((new_grads[name] - grad) / scale).abs().max() < 1e-4, name
+
+
 def test_equal_rewards_give_no_gradient_and_no_error():
     policy = tiny_policy("llama")
     r = sample(policy, SETTINGS["soft_sample"])
-    loss, grads = gradient_of(policy, r, torch.zeros(6), 2)
+    loss, grads = gradient_of(policy, r, torch.zeros(6), 10**6)
     assert loss == 0 and not grads
 
 
@@ -688,7 +731,7 @@ def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_re
         )  # fmt: skip
         model.zero_grad()
         advantages = softcot.rloo_advantages(rewards.view(B, G)).flatten()
-        softcot.policy_gradient(policy, r, advantages, N)
+        softcot.policy_gradient(policy, r, advantages, 10**6)
         grads = (model.embed.weight.grad, model.a.grad, model.c.grad)
         estimates.append(-torch.cat([g.flatten() for g in grads]))  # ascent direction
     estimates = torch.stack(estimates).double()

@@ -32,7 +32,7 @@ STEPS, BATCH, PEAK_LR = 700, 256, 6e-3  # pretraining
 NOISE = 0.1  # largest noise on the embeddings in pretraining, in units of their RMS
 EMBEDDING_RMS = 0.005
 DEFAULTS = dict(steps=100, prompts=32, samples=32, max_cot=9, max_answer=3, lr=5e-5)  # of softcot
-DEFAULTS |= dict(eval_max_cot=9, eval_k=32, eval_limit=128, micro_batch=1024)
+DEFAULTS |= dict(eval_max_cot=9, eval_k=32, eval_limit=128, micro_batch=2**15)
 STOP_ROUND, STOP_OTHER = 0.54, 0.30  # chance to stop after a total that is, is not, a multiple of 5
 
 
