@@ -21,12 +21,11 @@ A sequence is laid out as  [left pad | prompt P][CoT T | gap][left pad | prefill
 Masks are True on real tokens; positions count them, so pads and gaps leave no trace (but for models
 with a sliding window, whose window counts them).
 logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
-
 Where the paper is silent or ambiguous, and where this differs from it: see the README.
 """
 
-import copy, dataclasses, hashlib, inspect, json, math, os, re, select, subprocess, sys
-import time, timeit
+import copy, csv, dataclasses, hashlib, inspect, itertools, json, math, os, re, select, shutil
+import shlex, signal, subprocess, sys, time, timeit
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -37,6 +36,7 @@ import numpy as np
 import torch
 import transformers
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint as recompute
@@ -46,17 +46,23 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import toy_tasks
 
-
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
 CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
+LOGS = ("metrics.jsonl", "samples.jsonl")  # lines of steps, in --out-dir
 CHECKPOINTS = 20  # validations and saved states in a run, at least, if it has as many steps
-FREE_TO_CHANGE = "eval_tasks eval_settings eval_k micro_batch threads device".split()
-FREE_TO_CHANGE += ["gradient_checkpointing"]
+MAY_CHANGE = "eval_tasks eval_settings eval_k micro_batch gradient_checkpointing threads device"
 
 
 class UserError(Exception):
     """A mistake of the caller's; main() prints its one line of explanation, not a traceback."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM came, and what had been done by then is saved."""
+
+
+SIGNALS: list[int] = []  # SIGINT and SIGTERM that came: heard after the step or batch
 
 
 # ---- 1. Settings: three ways to think, six ways to run a model ----------------------------------
@@ -160,8 +166,8 @@ class Config:
 
     def __post_init__(self):
         least = dict.fromkeys("steps prompts max_cot max_answer eval_k eval_max_cot".split(), 1)
-        least |= dict.fromkeys("micro_batch threads noise_top".split(), 1)
-        least |= {"warmup": 0, "seed": 0, "eval_limit": 0, "samples": 2}
+        least |= {"micro_batch": 1, "threads": 1, "noise_top": 1, "samples": 2}
+        least |= {"warmup": 0, "seed": 0, "eval_limit": 0}
         for name, low in least.items():
             value = getattr(self, name)
             ok = value is None or value >= low
@@ -172,30 +178,23 @@ class Config:
             require(ok, f"{flag(name)} {value} is not usable: give a positive number")
         for name, where in [(self.task, "--task"), *((t, "--eval-tasks") for t in self.eval_tasks)]:
             names = [*TASKS, *(CHOICES if where == "--eval-tasks" else ())]
-            known = name in names or name.endswith(".jsonl")
             choices = f"choose from {', '.join(names)}, or give a .jsonl file"
+            known = name in names or name.endswith(".jsonl")
             require(known, f"{where} {name} is unknown: {choices}")
         for name in self.eval_settings:
             choices = f"choose from {', '.join(SETTINGS)}"
             require(name in SETTINGS, f"--eval-settings {name} is unknown: {choices}")
-        no_noise = "has no use with --cot hard: leave it out"
-        repeats = all(SETTINGS[name].deterministic for name in self.eval_settings)
         mistakes = {  # what to say: whether it is so
             f"--task {self.task} has no training problems: add --eval-only, or name another task":
                 not self.eval_only and not task_named(self.task).train,
-            f"--sigma-scale {self.sigma_scale} {no_noise}":
-                self.cot == "hard" and self.sigma_scale is not None,
-            f"--noise-at {self.noise_at} {no_noise}":
-                self.cot == "hard" and self.noise_at != "embedding",
+            "--sigma-scale and --noise-at have no use with --cot hard: leave them out":
+                self.cot == "hard" and (self.sigma_scale or self.noise_at != "embedding"),
             f"--task {self.task} needs a pretrained model: add --model, a hub id or a folder":
                 self.task != "toy" and self.model is None,
             "--resume continues training, --eval-only trains nothing: leave one out":
                 self.eval_only and self.resume,
             "--eval-limit 0 skips all evaluation, --eval-only does nothing else: leave one out":
                 self.eval_only and self.eval_limit == 0,
-            f"--eval-k {self.eval_k} is of no use to {' '.join(self.eval_settings)}, which repeat"
-            " themselves: leave it out, or add a sampled setting":
-                repeats and (self.eval_k or 1) > 1,
         }  # fmt: skip
         for message, made in mistakes.items():
             require(not made, message)
@@ -207,15 +206,10 @@ def flag(name: str) -> str:
 
 
 def filled(config: Config) -> tuple[Config, str]:
-    """Config without None, and a line that says which flags were filled in and with what.
-
-    The task gives lengths, steps, batch and learning rate, --cot gives tau and sigma_scale, the
-    machine gives dtype and device.
-    """
+    """Config with the defaults of task, mode and machine for None, and a line that tells them."""
     task = task_named(config.task)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    why = f"--device {device} can't be used here; leave it out"
-    with explained((RuntimeError, AssertionError), why):
+    with explained((RuntimeError, AssertionError), f"--device {device} can't be used here"):
         torch.empty(0, device=device)
     mode = SETTINGS[f"{config.cot}_sample"]
     defaults = {
@@ -228,7 +222,6 @@ def filled(config: Config) -> tuple[Config, str]:
         "device": device,
         "dtype": "fp32" if device == "cpu" else "bf16-mixed",
         "threads": torch.get_num_threads(),
-        **({"eval_k": 1} if all(SETTINGS[x].deterministic for x in config.eval_settings) else {}),
     }
     new = {k: v for k, v in defaults.items() if getattr(config, k) in (None, []) and v is not None}
     words = {k: " ".join(v) if isinstance(v, list) else v for k, v in new.items()}
@@ -267,7 +260,6 @@ class Task:
     gold: Callable[[dict], str]
     defaults: dict  # of Config's fields
     equal: Callable[[str, str], bool]
-    question: str = "problem"  # name of the field
     prompt: str = PROMPT
     test_on: Optional[str] = None  # the task whose test problems are meant, if not its own
     fuzzy_tau: float = SETTINGS["fuzzy_sample"].tau  # the toy learns more surely at 0.1
@@ -292,10 +284,7 @@ def same_number(answer: str, gold: str) -> bool:
 
 
 def judge() -> None:
-    """What the grading process does: for each line [answer, gold] print whether they are equal.
-
-    It runs as a program of its own (see Grader), hence the imports here.
-    """
+    """The grading process, a program of its own: for each line [answer, gold] prints if equal."""
     import json, logging, resource, sys
 
     from math_verify import parse, verify
@@ -360,17 +349,14 @@ def boxed(text: str) -> Optional[str]:
 
 
 def reward(answer: str, gold: str, equal: Callable[[str, str], bool]) -> float:
-    """100 for the right answer, 10 for a wrong one in a closed box, else 0.
-
-    answer is the text after the opening of the box.
-    """
+    """100 for the right answer, 10 for a wrong one, if it closes its box; else 0."""
     inside = boxed(answer)
     return 0.0 if inside is None else 100.0 if equal(inside, gold) else 10.0
 
 
 def plain_gold(row: dict) -> str:
     """The gold answer in the field `answer`; in GSM8K it follows a worked solution and `####`."""
-    return str(row["answer"]).split("####")[-1].strip()
+    return "" if row["answer"] is None else str(row["answer"]).split("####")[-1].strip()
 
 
 def math_gold(row: dict) -> str:
@@ -394,10 +380,10 @@ SUBJECTS += " prealgebra precalculus"
 SHORT, LONG = PAPER_STEP | {"max_cot": 128}, PAPER_STEP | {"max_cot": 512}
 
 TASKS = {
-    "toy": Task((), "train", "test", plain_gold, toy_tasks.DEFAULTS, same_number, "question",
-                "QUESTION", fuzzy_tau=0.1),
-    "gsm8k": Task(("openai/gsm8k", "main"), "train", "test", plain_gold, SHORT, same_number,
-                  "question"),
+    "toy": Task((), "train", "test", plain_gold, toy_tasks.DEFAULTS, same_number, "QUESTION",
+                fuzzy_tau=0.1),
+    "toy-large": Task((), None, "test", plain_gold, toy_tasks.DEFAULTS, same_number, "QUESTION"),
+    "gsm8k": Task(("openai/gsm8k", "main"), "train", "test", plain_gold, SHORT, same_number),
     "math": Task(("EleutherAI/hendrycks_math", *SUBJECTS.split()), "train", "test", math_gold, LONG,
                  GRADER.equal, test_on="math500"),
     "deepscaler": Task(("agentica-org/DeepScaleR-Preview-Dataset",), "train", None, plain_gold,
@@ -408,22 +394,16 @@ TASKS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A multiple-choice set: where it is; a row's question, options and index of the right one."""
-
-    hub: tuple[str, ...]
-    test: str  # name of the split on the hub and of the local file
-    read: Callable[[dict], tuple[str, list[str], int]]
-
-
-CHOICES = {  # out of domain: only for evaluation
-    "hellaswag": Choice(("Rowan/hellaswag",), "validation", lambda row: (
-        row["ctx"], row["endings"], int(row["label"]))),
-    "mmlu": Choice(("cais/mmlu", "all"), "test", lambda row: (
-        f"Question: {row['question']}\nAnswer:", row["choices"], int(row["answer"]))),
-    "arc": Choice(("allenai/ai2_arc", "ARC-Challenge"), "test", lambda row: (
-        f"Question: {row['question']}\nAnswer:", row["choices"]["text"],
+CHOICES = {  # multiple choice, out of domain: name on the hub, split there and in the local file,
+    # and a row's question, options and index of the right one
+    "toy-walk": ((), "test", lambda row: (row["question"], row["options"], row["answer"])),
+    "hellaswag": (("Rowan/hellaswag",), "validation", lambda row: (
+        row["ctx"], [" " + text for text in row["endings"]], int(row["label"]))),
+    "mmlu": (("cais/mmlu", "all"), "test", lambda row: (
+        f"Question: {row['question']}\nAnswer:", [" " + text for text in row["choices"]],
+        int(row["answer"]))),
+    "arc": (("allenai/ai2_arc", "ARC-Challenge"), "test", lambda row: (
+        f"Question: {row['question']}\nAnswer:", [" " + text for text in row["choices"]["text"]],
         row["choices"]["label"].index(row["answerKey"]))),
 }  # fmt: skip
 
@@ -439,7 +419,7 @@ def read_jsonl(path: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
-            with explained(ValueError, f"{path} line {number} is not JSON"):
+            with explained((ValueError, RecursionError), f"{path} line {number} is not JSON"):
                 rows.append(json.loads(line))
             require(isinstance(rows[-1], dict), f"{path} line {number} is not a JSON object")
     return rows
@@ -447,17 +427,16 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def read_rows(config: Config, name: str, split: str) -> list[dict]:
     """The rows of a task's "train" or "test" split: toy, own file, --data-dir, or the hub."""
-    if name == "toy":
-        return toy_tasks.rows(split)
+    if name.startswith("toy"):
+        return toy_tasks.rows(name, split)
     if name.endswith(".jsonl"):
         return read_jsonl(Path(name))
     if config.data_dir:
         return read_jsonl(Path(config.data_dir) / name / f"{split}.jsonl")
     import datasets  # only here: the toy and local files do without it
 
-    task = CHOICES.get(name) or TASKS[name]
-    hub, *parts = task.hub
-    hub_split = task.test if split != "train" else task.train
+    task = TASKS.get(name)
+    (hub, *parts), hub_split, *_ = (task.hub, getattr(task, split)) if task else CHOICES[name]
     advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
     with explained(Exception, f"{name}: could not load {hub} from the hub; {advice}"):
         loaded = [datasets.load_dataset(hub, part, split=hub_split) for part in parts or [None]]
@@ -475,10 +454,12 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     rows, problems, seen, answerless = read_rows(config, name, whole), [], set(), 0
     for i, row in enumerate(rows):
         where = f"{name} {whole}: row {i + 1}"
-        question = row.get(task.question, row.get("question"))
-        require(isinstance(question, str), f"{where} has no text in its field {task.question}")
+        question = row.get("problem", row.get("question"))
+        require(isinstance(question, str), f"{where} has no text in a field problem or question")
         with explained((KeyError, TypeError, AttributeError), f"{where} has no readable answer"):
             gold = task.gold(row)
+        with explained(UnicodeError, f"{where} holds what is no text"):
+            (question + gold).encode()
         if gold and question not in seen:
             prompt = task.prompt.replace("QUESTION", question)
             problems.append(Problem(i, prompt, gold, task.equal))
@@ -541,16 +522,9 @@ class Policy:
 
     @cache
     def piece(self, token: int) -> str:
-        """The text that a token adds to what stands before it.
-
-        Decoding it alone could lose a leading space, so decode it twice and drop the first half.
-        """
+        """The text that a token adds to what stands before it."""
         once, twice = self.decode([token]), self.decode([token, token])
-        return twice[len(once) :]
-
-    def texts(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """The texts of ids [N, T] where mask [N, T] is True."""
-        return [self.decode(row[kept]) for row, kept in zip(ids, mask)]
+        return twice[len(once) :]  # once may lack a leading space
 
     def decode(self, ids) -> str:
         """Text of token ids, without special tokens."""
@@ -575,6 +549,8 @@ def load_policy(config: Config, source: str) -> Policy:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left")
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
+    enough = len(tokenizer) <= model.get_input_embeddings().num_embeddings
+    require(enough, f"--model {source}: its tokenizer has more tokens than it has embeddings")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     for module in model.modules() if config.device == "cpu" else ():
@@ -591,6 +567,19 @@ def load_policy(config: Config, source: str) -> Policy:
         known = torch.allclose(ours, model(token).logits, rtol=1e-2, atol=1e-2)
     require(known, f"--model {source}: Policy.head() does not know how it makes its logits")
     return policy
+
+
+def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Problem]:
+    """The problems that leave room in the model's context for CoT and answer; tells the others."""
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", math.inf)
+    more = max(config.max_cot, config.eval_max_cot) + config.max_answer
+    more += len(policy.tokenizer(STOP + BOX).input_ids)
+    fits = [p for p in problems if len(policy.tokenizer(p.prompt).input_ids) + more <= context]
+    why = f"prompt, CoT and answer do not fit into the model's context of {context} tokens"
+    require(fits, f"{why}: lower --max-cot, --eval-max-cot or --max-answer")
+    if len(fits) < len(problems):
+        print(f"{len(problems) - len(fits)} problems skipped: {why}")
+    return fits
 
 
 # ---- 5. Soft tokens: mixture, noise, densities --------------------------------------------------
@@ -819,14 +808,15 @@ def rollout(policy: Policy, prompts: list[str], seeds: list[int], setting: Setti
         ids, mask, hidden, decoder = ids[which], mask[which], hidden[which], decoder.rows(which)
         noise, done = (E, sigma, eps), lambda text: STOP.strip() in text
         cot, stopped, parts = generate(decoder, hidden, setting, *noise, u[:, :max_cot], done)
-        cots, decoder = policy.texts(cot.ids, cot.mask), joined(parts)
+        decoder = joined(parts)
+        cots = [policy.decode(ids[mask]) for ids, mask in zip(cot.ids, cot.mask)]
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
         openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
         prefill_ids, prefill_mask = policy.tokenize(openings, special=False)  # [N, F]
         hidden = decoder.feed(prefill_mask, input_ids=prefill_ids)[:, -1]  # [N, H]
         how, done = Setting("hard", answer_tau, 0.0), lambda text: boxed(text) is not None
         answer, *_ = generate(decoder, hidden, how, E, 0.0, eps, u[:, max_cot:], done)
-    answers = policy.texts(answer.ids, answer.mask)
+    answers = [policy.decode(ids[mask]) for ids, mask in zip(answer.ids, answer.mask)]
     prefix = (setting, sigma, ids, mask, prefill_ids, prefill_mask)
     return Rollout(*prefix, cot, answer, stopped, cots, answers)
 
@@ -841,15 +831,17 @@ def generate(decoder, hidden, setting, E, sigma, eps, u, done) -> tuple[Part, li
     policy, (N, T) = decoder.policy, u.shape
     here = torch.arange(N, device=u.device)  # [M] the rows in the batch
     alive = torch.ones_like(here, dtype=torch.bool)  # [M]
-    texts, finished, places, columns, left = [""] * N, [False] * N, [], [], []
+    texts, finished, part, left = [""] * N, [False] * N, {}, []
     can_leave = all(type(layer) is DynamicLayer for layer in decoder.cache.layers)
     for t in range(T):
         noise = eps[here, t] if sigma else None
         column = next_input(policy, hidden, setting, E, sigma, noise, u[here, t])
         hidden = decoder.feed(alive[:, None], inputs_embeds=column.x[:, None])[:, 0]
         column.x, column.mask = None if setting.cot == "hard" else column.x, alive
-        places.append(here)
-        columns.append(column)
+        for name, value in vars(column).items():
+            if value is not None:
+                whole = part.setdefault(name, value.new_zeros(N, T, *value.shape[1:]))
+                whole[here, t] = value
         goes_on = alive.tolist()
         for m, (n, token) in enumerate(zip(here.tolist(), column.ids.tolist())):
             if goes_on[m]:
@@ -864,15 +856,7 @@ def generate(decoder, hidden, setting, E, sigma, eps, u, done) -> tuple[Part, li
             decoder = decoder.rows(alive)
             here, hidden, alive = here[alive], hidden[alive], alive[alive]
 
-    def whole(values) -> Optional[Tensor]:
-        """[N, T, ...] of the values [M, ...] of each position; 0 for rows that had left."""
-        if values[0] is not None:
-            out = values[0].new_zeros(N, len(values), *values[0].shape[1:])
-            for t, value in enumerate(values):
-                out[places[t], t] = value
-            return out
-
-    part = Part(*map(whole, zip(*(vars(column).values() for column in columns))))
+    part = Part(**{"x": None} | {name: whole[:, : t + 1] for name, whole in part.items()})
     part.logp, part.entropy = part.logp * part.mask, part.entropy * part.mask
     return part, finished, [*left, (here, decoder)]
 
@@ -913,7 +897,7 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
 
     with policy.arithmetic():
         decoder = Decoder(policy)
-        if policy.recomputes:  # layers that run twice can't fill a cache: rows run with their prompt
+        if policy.recomputes:  # layers that run twice can't fill a cache
             decoder.cache = None
             whole = torch.cat([prompt[which], rest], dim=1)  # [N, L, D]
             hidden = decoder.feed(mask, inputs_embeds=whole)[:, P - 1 :]
@@ -949,21 +933,6 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(dim=1, keepdim=True)) * G / (G - 1)
 
 
-def micro_batches(r: Rollout, rows: list[int], tokens: int) -> list[list[int]]:
-    """The given rows in order, cut into batches of at most so many tokens, padding included."""
-    batches, longest = [], 0
-    fixed = r.prompt_ids.shape[1] + r.prefill_ids.shape[1] + r.answer.ids.shape[1]
-    lengths = r.cot.mask.sum(1).tolist()
-    for n in rows:
-        longest = max(longest, lengths[n])
-        if batches and (len(batches[-1]) + 1) * (fixed + longest) <= tokens:
-            batches[-1].append(n)
-        else:
-            batches.append([n])
-            longest = lengths[n]
-    return batches
-
-
 def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch: int) -> dict:
     """Add the gradient of -(1/N) sum_n A_n l_n to the parameters   (eqs 13-15); return statistics.
 
@@ -972,9 +941,9 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch:
     A_n = 0 add nothing and are skipped. loss: the sum over all rows; logp_gap: the largest gap of a
     log-probability here and in the rollout (0 but for rounding).
     """
-    N, loss, gaps = len(advantages), 0.0, [0.0]
-    for rows in micro_batches(r, advantages.nonzero().flatten().tolist(), micro_batch):
-        index = torch.tensor(rows, device=advantages.device)
+    N, loss, gaps, used = len(advantages), 0.0, [0.0], advantages.nonzero().flatten()
+    longest = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
+    for index in used.split(max(1, micro_batch // longest)) if len(used) else ():
         part = rows_of(r, index)
         cot, answer = log_probs(policy, part)  # [M, T], [M, A]
         part_loss = -(advantages[index] * (cot.sum(1) + answer.sum(1))).sum() / N
@@ -1003,7 +972,9 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *ho
     """
     samples = [(problem, g) for problem in problems for g in range(G)]
     seeds = [row_seed(*labels, problem.id, g) for problem, g in samples]
-    r = rollout(policy, [problem.prompt for problem in problems], seeds, *how)
+    advice = "out of GPU memory in sampling: lower --samples, --prompts or the longest CoT"
+    with explained(torch.OutOfMemoryError, advice):
+        r = rollout(policy, [problem.prompt for problem in problems], seeds, *how)
     values = [reward(a, problem.gold, problem.equal) for a, (problem, _) in zip(r.answers, samples)]
     return r, np.array(values).reshape(len(problems), G)
 
@@ -1023,12 +994,10 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
     size = max(1, rows // n)
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     texts = [(problem.prompt, problem.gold) for problem in ordered]
-    same = [n, size, config.eval_max_cot, config.max_answer, config.seed, config.dtype]
-    same += [setting, texts]
-    same += [w.detach().double().sum().item() for w in policy.model.parameters() if log]
+    same = [n, size, config.eval_max_cot, config.max_answer, config.seed, config.dtype, setting]
+    same += [texts] + [w.detach().double().sum().item() for w in policy.model.parameters() if log]
     key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
-    old = read_jsonl(log) if log and log.exists() else []
-    done = {row["batch"]: row for row in old if row["key"] == key}
+    done = {row["batch"]: row for row in (read_log(log) if log else []) if row["key"] == key}
     for i, batch in enumerate(tqdm(batches, leave=False, disable=not log)):
         if i not in done:
             r, rewards = rewarded(policy, batch, n, (config.seed, 1), *how)
@@ -1040,17 +1009,16 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
             }
             if log:
                 append_jsonl(log, {"key": key, "batch": i, **done[i]})
+                if SIGNALS:
+                    raise Stopped
     counts = [c for i in range(len(batches)) for c in done[i]["correct"]]
-    reached, H = np.zeros((2, max(len(row["reached"]) for row in done.values())))
-    for row in done.values():
-        reached[: len(row["reached"])] += row["reached"]
-        H[: len(row["entropy"])] += row["entropy"]
+    sums = {key: [row[key] for row in done.values()] for key in ("reached", "entropy")}
+    reached, H = (np.sum([*itertools.zip_longest(*x, fillvalue=0)], 1) for x in sums.values())
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
     passed = {str(k): [pass_at_k(n, c, k) for c in counts] for k in ks}
     samples = n * len(problems)
     return {
-        "n": n,
-        "problems": len(problems),
+        "n": n, "problems": len(problems), "correct": counts,
         "k": {k: float(np.mean(values)) for k, values in passed.items()},
         "k_error": {k: float(np.std(v) / max(1, len(v) - 1) ** 0.5) for k, v in passed.items()},
         "cot_entropy": float(H.sum() / reached.sum()),
@@ -1061,100 +1029,112 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
 
 
 @torch.no_grad()
-def option_logp(policy: Policy, questions: list[str], options: list[str]) -> Tensor:
-    """Mean log-probability per token, in nats, of each option after its question: [rows].
-
-    Teacher-forced: the log-probabilities of a rollout whose answer is the option, without CoT.
-    """
-    ids, mask = policy.tokenize(questions)  # [rows, P]
-    option_ids, option_mask = policy.tokenize(options, special=False, pad="right")  # [rows, O]
-    none = ids[:, :0]  # [rows, 0]
-    cot, answer = Part(None, none, none, none), Part(None, option_ids, none, none)
-    cot.mask, answer.mask = none.bool(), option_mask
-    prefix = (SETTINGS["hard_sample"], 0.0, ids, mask, none, none.bool())
-    _, logp = log_probs(policy, Rollout(*prefix, cot, answer, [], [], []))
-    return logp.sum(1) / option_mask.sum(1)
-
-
 def evaluate_choices(policy: Policy, name: str, config: Config) -> dict:
     """Accuracy, and negative log-likelihood per token of the right option (the paper's Table 2).
 
-    The model's choice is the option with the highest log-probability per token.
+    Teacher-forced: the log-probability of a rollout without CoT whose answer is the option. The
+    model's choice is the option with the highest log-probability per token.
     """
-    rows = read_rows(config, name, CHOICES[name].test)[: config.eval_limit]
+    _, split, read = CHOICES[name]
+    rows = read_rows(config, name, split)[: config.eval_limit]
     scores = {"accuracy": [], "nll": []}
     for row in tqdm(rows, desc=name, leave=False):
-        question, options, answer = CHOICES[name].read(row)
-        logp = option_logp(policy, [question] * len(options), [" " + o for o in options])
-        scores["accuracy"].append(logp.argmax().item() == answer)
-        scores["nll"].append(-logp[answer].item())
-    error = {key: np.std(x) / max(1, len(x) - 1) ** 0.5 for key, x in scores.items()}
+        question, options, right = read(row)
+        ids, mask = policy.tokenize([question] * len(options))  # [options, P]
+        option_ids, option_mask = policy.tokenize(options, special=False, pad="right")
+        none = ids[:, :0]  # [options, 0]
+        cot, answer = Part(None, none, none, none), Part(None, option_ids, none, none)
+        cot.mask, answer.mask = none.bool(), option_mask
+        prefix = (SETTINGS["hard_sample"], 0.0, ids, mask, none, none.bool())
+        _, logp = log_probs(policy, Rollout(*prefix, cot, answer, [], [], []))
+        logp = logp.sum(1) / option_mask.sum(1)  # [options] nats per token
+        scores["accuracy"].append(logp.argmax().item() == right)
+        scores["nll"].append(-logp[right].item())
+    error = {key: float(np.std(x) / max(1, len(x) - 1) ** 0.5) for key, x in scores.items()}
     means = {key: float(np.mean(x)) for key, x in scores.items()}
-    return {"problems": len(rows), **means, "error": {k: float(e) for k, e in error.items()}}
+    return {"problems": len(rows), **means, "error": error}
 
 
 def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> list[dict]:
     """Evaluate every setting of --eval-settings on every task of --eval-tasks: table, and path."""
-    table = settings_of(config)
-    records = read_json(path) if path.exists() else []
-
-    def record(*name: str, **scores) -> None:
-        """Put the scores of a task and setting in place of older ones, and save."""
-        row = dict(zip(("stage", "task", "setting"), (stage, *name)), **scores)
-        records[:] = [old for old in records if list(old.values())[:3] != [stage, *name]] + [row]
-        write_json(path, records)
-
+    records = json.loads(path.read_bytes()) if path.exists() else []
     for task in config.eval_tasks:
-        if task in CHOICES:
-            scores = evaluate_choices(policy, task, config)
-            record(task, "teacher_forced", **scores)
-            line = "{problems} {task} problems, accuracy {accuracy:.3f}, {nll:.3f} nats per token"
-            print(f"\n{stage}:", line.format(task=task, **scores), "of the right answer")
-            continue
-        problems = load_problems(config, task, "test")[: config.eval_limit]
-        print(f"\n{stage}: {len(problems)} {task} problems, {config.eval_k} samples of each")
-        print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
-        for name in config.eval_settings:
-            log = path.with_name("eval_batches.jsonl")
-            scores = evaluate(policy, problems, table[name], config, config.eval_k, log)
-            record(task, name, **scores)
-            n, ks = scores["n"], scores["k"]
-            print(
-                f"{name:14} {ks['1']:7.3f} {scores['k_error']['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
-                f" {scores['cot_len']:8.1f} {scores['stop_rate']:5.2f} {scores['cot_entropy']:8.3f}"
-            )
+        names, problems = ["teacher_forced"], []
+        print(f"\n{stage}, {task}, {config.eval_k} samples of each problem:")
+        if task not in CHOICES:
+            names = config.eval_settings
+            problems = load_problems(config, task, "test")[: config.eval_limit]
+            problems = fitting(policy, problems, config)
+            print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
+        for name in names:
+            if task in CHOICES:
+                scores = evaluate_choices(policy, task, config)
+                line = "accuracy {accuracy:.3f}, {nll:.3f} nats per token of the right answer"
+                line = line.format(**scores)
+            else:
+                setting, log = settings_of(config)[name], path.with_name("eval_batches.jsonl")
+                scores = evaluate(policy, problems, setting, config, config.eval_k, log)
+                n, ks = scores["n"], scores["k"]
+                line = f"{ks['1']:7.3f} {scores['k_error']['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
+                line += " {cot_len:8.1f} {stop_rate:5.2f} {cot_entropy:8.3f}".format(**scores)
+            print(f"{name:14} {line}")
+            key = {"stage": stage, "task": task, "setting": name}
+            records = [old for old in records if not key.items() <= old.items()]
+            records.append(key | scores)
+            write_json(path, records)
     return records
 
 
 # ---- 9. Files and figures -----------------------------------------------------------------------
-def read_json(path: Path):
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+@contextmanager
+def replacing(path: Path):
+    """A name to write to, renamed to path once all is on the disk; if that fails, path stays."""
+    part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
+    with explained((OSError, RuntimeError, SafetensorError), f"{path}: can't be written"):
+        shutil.rmtree(part, ignore_errors=True)
+        yield part
+        for file in part.iterdir() if part.is_dir() else [part]:
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        if part.is_dir() and path.exists():  # a folder can't be renamed to one that has files
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(part, path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, content) -> None:
-    """Write JSON under another name, then rename: a reader never sees half a file."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Write JSON, all of it or nothing."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def append_jsonl(path: Path, row: dict) -> None:
-    """Add one object as one line."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add one object as one line, in one piece."""
+    with explained(OSError, f"{path}: can't be written"), open(path, "ab", buffering=0) as file:
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def read_log(path: Path, keep: Callable[[dict], bool] = lambda row: True) -> list[dict]:
+    """The objects of a log; what is not to be kept, or was cut short by a kill, leaves the file."""
+    text = path.read_bytes() if path.exists() else b""
+    rows = [row for row in map(json.loads, text.split(b"\n")[:-1]) if keep(row)]
+    kept = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    if kept != text:
+        with replacing(path) as part:
+            part.write_bytes(kept)
+    return rows
 
 
 def save_state(path: Path, saved: dict, step: int, best: float) -> None:
     """Save all that --resume needs; data order and noise follow from (seed, step) alone."""
     states = {name: part.state_dict() for name, part in saved.items()}
-    torch.save({**states, "step": step, "best": best}, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with replacing(path) as part:
+        torch.save({**states, "step": step, "best": best}, part)
 
 
 def load_state(path: Path, saved: dict, device: torch.device) -> tuple[int, float]:
     """Put a saved state back; return the step it was saved after and the best score till then."""
-    require(path.is_file(), f"--resume: there is no saved state {path}; start without --resume")
     state = torch.load(path, map_location=device, weights_only=True)
     for name, part in saved.items():
         part.load_state_dict(state[name])
@@ -1166,7 +1146,7 @@ COLORS = {"base": "#7f7f7f", "hard": "#0072b2", "soft": "#d55e00", "fuzzy": "#00
 
 def plot_curves(out: Path, cot: str) -> None:
     """curves.png from metrics.jsonl: what to look at first when a run does not learn."""
-    rows = read_jsonl(out / "metrics.jsonl")
+    rows = read_log(out / "metrics.jsonl")
     steps, width = [row["step"] for row in rows], max(1, len(rows) // 20)
     panels = {"success": "success rate", "cot_len": "CoT length (tokens)"}
     panels |= {"cot_entropy": "CoT entropy (nats)", "mixed_groups": "groups with mixed rewards"}
@@ -1185,7 +1165,7 @@ def plot_curves(out: Path, cot: str) -> None:
 def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
     """pass_at_k.png from eval.json: pass@k of the sampled settings, before and after training."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    rows = [row for row in read_json(out / "eval.json") if row["task"] == task]
+    rows = [row for row in json.loads((out / "eval.json").read_bytes()) if row["task"] == task]
     latest = {(row["setting"], row["stage"]): row["k"] for row in rows if "k" in row}
     names = [n for n in SETTINGS if (n, "trained") in latest and not SETTINGS[n].deterministic]
     if not names:
@@ -1207,29 +1187,20 @@ def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
     figure.savefig(out / "pass_at_k.png", dpi=110)
 
 
-# Model, trained on, tested on, then base, hard, fuzzy, soft with hard inference, in %:
-# greedy pass@1 / sampled pass@1 / sampled pass@32.
-PAPER = """llama-3.2-3b gsm8k gsm8k 71.4/45.0/96.8 75.9/74.3/94.1 76.7/66.4/97.4 77.2/70.6/97.9
-llama-3.2-3b gsm8k math500 38.0/25.2/82.0 34.6/31.3/72.4 42.6/32.4/83.2 43.5/37.2/84.8
-llama-3.2-3b math math500 38.0/25.2/82.0 49.1/47.8/78.7 48.5/37.3/81.5 44.5/38.9/82.2
-llama-3.1-8b gsm8k gsm8k 82.6/64.9/98.5 81.2/80.7/95.1 83.7/73.1/98.2 82.6/73.3/98.3
-llama-3.1-8b gsm8k math500 44.4/31.1/79.8 20.2/19.8/45.4 44.6/33.8/83.1 44.7/34.8/83.9
-qwen2.5-3b math math500 29.0/25.5/81.0 59.0/57.1/83.6 58.1/55.5/84.4 54.7/52.2/84.4"""
-
-
 def report(folders: list[str]) -> str:
-    """A Markdown table of runs: mean, standard deviation and number of seeds; [the paper's figure].
+    """A Markdown table of runs, in %, NLL in nats a token: mean ± deviation (seeds) [the paper's].
 
-    In %, NLL in nats per token. A base that several runs evaluated with one seed counts once.
+    A base that several runs evaluated with one seed counts once.
     """
-    columns, paper = ["base", "hard", "fuzzy", "soft"], [x.split() for x in PAPER.splitlines()]
-    in_paper = [("hard_greedy", "pass@1"), ("hard_sample", "pass@1"), ("hard_sample", "pass@32")]
+    columns = ["base", "hard", "fuzzy", "soft"]
+    with open(Path(__file__).parent / "results" / "paper.csv", encoding="utf-8") as file:
+        paper = {tuple(row[:5]): dict(zip(columns, row[5:])) for row in csv.reader(file)}
     cells = {}  # (model, trained on, tested on, setting, metric) -> column -> seed -> value
     for folder in map(Path, folders):
-        there = (folder / "eval.json").is_file() and (folder / "config.json").is_file()
-        require(there, f"--report {folder}: holds no eval.json and config.json of a run")
-        config = read_json(folder / "config.json")
-        for row in read_json(folder / "eval.json"):
+        with explained(OSError, f"--report {folder}: holds no eval.json and config.json of a run"):
+            files = [(folder / name).read_bytes() for name in ("config.json", "eval.json")]
+        config, rows = map(json.loads, files)
+        for row in rows:
             passed = row.get("k", {})
             scores = {f"pass@{k}": 100 * passed[k] for k in passed if int(k) in (1, row["n"])}
             scores |= {"accuracy": 100 * row["accuracy"], "NLL": row["nll"]} if not passed else {}
@@ -1240,15 +1211,12 @@ def report(folders: list[str]) -> str:
     names = ["model", "trained on", "tested on", "setting", "metric", *columns]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for run, found in cells.items():
-        texts = []
+        texts, same = [], [p for p in paper if p[0] in run[0].lower() and p[1:] == run[1:]]
         for column in columns:
             values = list(found.get(column, {}).values())
             spread = f" ± {np.std(values, ddof=1):.2f} ({len(values)})" if len(values) > 1 else ""
             texts.append(f"{np.mean(values):.2f}{spread}" if values else "-")
-            for name, *tasks in paper if run[3:] in in_paper else ():
-                if name in run[0].lower() and tuple(tasks[:2]) == run[1:3]:
-                    theirs = tasks[2 + columns.index(column)].split("/")[in_paper.index(run[3:])]
-                    texts[-1] += f" [paper {theirs}]"
+            texts[-1] += f" [paper {paper[same[0]][column]}]" if same else ""
         lines.append(f"| {' | '.join((Path(run[0]).name, *run[1:], *texts))} |")
     return "\n".join(lines) + "\n"
 
@@ -1298,12 +1266,9 @@ class AdamW16(torch.optim.AdamW):
 
 
 def peak_gib(device: torch.device) -> float:
-    """Highest memory in GiB since the last call: of the GPU, else of this process (on Linux).
-
-    Waits for the GPU, so that a clock read next has the time of the work, not of its launch.
-    """
+    """Highest memory in GiB since the last call: of the GPU, else of this process (on Linux)."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)  # so that a clock read next has the time of the work
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 2**30
@@ -1317,10 +1282,7 @@ def peak_gib(device: torch.device) -> float:
 
 def train_step(policy: Policy, problems: list[Problem], step: int, config: Config, optimizer,
                schedule) -> tuple[dict, Rollout, np.ndarray]:
-    """One step of the algorithm: rollout, rewards, advantages, gradient, update.
-
-    Returns the step's metrics, its rollout [N rows] and its rewards [B, G].
-    """
+    """One step of the algorithm; returns its metrics, rollout [N rows] and rewards [B, G]."""
     peak_gib(policy.model.device)  # forget what was before
     start = time.perf_counter()
     how = (settings_of(config)[f"{config.cot}_sample"], config.max_cot, config.max_answer, 1.0)
@@ -1328,26 +1290,31 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     rollout_gib, rolled = peak_gib(policy.model.device), time.perf_counter()
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
-    stats = policy_gradient(policy, r, advantages.to(policy.model.device), config.micro_batch)
-    norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM)
+    advice = "out of GPU memory in the backward pass: lower --micro-batch, or add"
+    with explained(torch.OutOfMemoryError, f"{advice} --gradient-checkpointing or --dtype bf16"):
+        stats = policy_gradient(policy, r, advantages.to(policy.model.device), config.micro_batch)
+    norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
     lr = schedule.get_last_lr()[0]
-    torch.manual_seed(row_seed(config.seed, 2, step))  # of AdamW16's chances
-    optimizer.step()
+    skipped = not math.isfinite(norm + stats["loss"])
+    if skipped:
+        ids = [problem.id for problem in problems]
+        tqdm.write(f"step {step + 1} skipped: loss {stats['loss']}, gradient {norm}; prompts {ids}")
+    else:
+        torch.manual_seed(row_seed(config.seed, 2, step))  # of AdamW16's chances
+        optimizer.step()
     schedule.step()
     optimizer.zero_grad()
     train_gib, trained = peak_gib(policy.model.device), time.perf_counter()
 
     tokens = r.cot.mask.sum().item() + r.answer.mask.sum().item()
     metrics = {
-        "step": step + 1,
-        "reward": rewards.mean().item(),
+        "step": step + 1, "reward": rewards.mean().item(),
         "success": (rewards == 100).mean().item(),
         "mixed_groups": (rewards != rewards[:, :1]).any(axis=1).mean().item(),
         "cot_len": r.cot.mask.sum(1).float().mean().item(),
-        "stop_rate": float(np.mean(r.stopped)),
-        "grader_timeouts": GRADER.timeouts,
+        "stop_rate": float(np.mean(r.stopped)), "grader_timeouts": GRADER.timeouts,
         "cot_entropy": (r.cot.entropy.sum() / r.cot.mask.sum()).item(),
-        **stats, "grad_norm": norm.item(), "lr": lr,
+        **stats, "grad_norm": norm, "lr": lr, "skipped": skipped,
         "rollout_s": rolled - start, "train_s": trained - rolled,
         "tokens_per_s": tokens / (rolled - start),
         "rollout_gib": rollout_gib, "train_gib": train_gib,
@@ -1356,98 +1323,90 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
 
 
 def bench(policy: Policy, config: Config) -> str:
-    """Print the table of --bench: medians of three steps of each mode, all rows with an advantage.
+    """Print the table of --bench, medians of three steps after a first one; returns its last row.
 
-    The learning rate is 0, so that all steps do the same work. The last row, which is returned, is
-    that of generate(): hard tokens after the same prompts, as many as a rollout may have.
+    The learning rate is 0. generate() makes as many hard tokens as a rollout may have.
     """
-    problems, device = load_problems(config, config.task, "train"), policy.model.device
-    prompts, G = [problem.prompt for problem in problems[: config.prompts]], config.samples
-    N, T = len(prompts) * G, config.max_cot + config.max_answer
-    advantages = torch.tensor([1.0, -1.0] * N, device=device)[:N]
+    coin = itertools.cycle([True, False])  # judges answers: groups are mixed, rows have a gradient
+    problems = load_problems(config, config.task, "train")[: config.prompts]
+    problems = [dataclasses.replace(p, equal=lambda *_: next(coin)) for p in problems]
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
-    print("             tokens/s  rollout s    train s rollout GiB  train GiB", flush=True)
+    schedule = transformers.get_constant_schedule(optimizer)
+    columns = ["tokens_per_s", "rollout_s", "train_s", "rollout_gib", "train_gib"]
+    print(" " * 10, *(f"{name:>12}" for name in columns), flush=True)
     for cot in ("hard", "soft", "fuzzy"):
-        seen, setting = [], SETTINGS[f"{cot}_sample"]
-        for step in range(4):  # the first is left out
-            seeds, start = [row_seed(step, n) for n in range(N)], time.perf_counter()
-            r = rollout(policy, prompts, seeds, setting, config.max_cot, config.max_answer, 1.0)
-            tokens = (r.cot.mask.sum() + r.answer.mask.sum()).item()
-            gib, rolled = peak_gib(device), time.perf_counter()
-            policy_gradient(policy, r, advantages, config.micro_batch)
-            optimizer.step()
-            optimizer.zero_grad()
-            train_gib, s = peak_gib(device), rolled - start
-            seen.append((tokens / s, s, time.perf_counter() - rolled, gib, train_gib))
-        print(f"{cot:10}", *(f"{x:10.2f}" for x in np.median(seen[1:], axis=0)), flush=True)
+        mode = SETTINGS[f"{cot}_sample"]
+        new = dict(cot=cot, tau=mode.tau, sigma_scale=mode.noise or None, noise_at="embedding")
+        how = (dataclasses.replace(config, **new), optimizer, schedule)
+        seen = [train_step(policy, problems, step, *how)[0] for step in range(4)]
+        medians = [np.median([metrics[name] for metrics in seen[1:]]) for name in columns]
+        print(f"{cot:10}", *(f"{x:12.2f}" for x in medians), flush=True)
     for module in policy.model.modules():
         module.__dict__.pop("forward", None)  # generate() as it comes, without few_rows()
-    ids, mask = policy.tokenize([prompt for prompt in prompts for _ in range(G)])
+    prompts, T = [problem.prompt for problem in problems], config.max_cot + config.max_answer
+    ids, mask = policy.tokenize([prompt for prompt in prompts for _ in range(config.samples)])
     how = dict(do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T, attention_mask=mask)
     with policy.arithmetic():
         seen = timeit.repeat(lambda: policy.model.generate(ids, **how), number=1, repeat=4)
     s = np.median(seen[1:])
-    return f"generate() {N * T / s:10.2f} {s:10.2f}"
+    return f"generate() {len(ids) * T / s:12.2f} {s:12.2f}"
 
 
 def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: int, best: float,
                saved: dict) -> float:
-    """Validate, keep the model in out/model if it is the best so far, save the state; new best.
+    """Validate greedily, keep the best model so far in out/model, save the state; the new best.
 
-    held_out: validation problems, run greedily in the trained mode; if there are none, the latest
-    model counts as the best. saved: what save_state() saves.
+    held_out: validation problems; if there are none, the latest model counts as the best.
     """
     greedy = settings_of(config)[f"{config.cot}_greedy"]
     score = evaluate(policy, held_out, greedy, config, 1)["k"]["1"] if held_out else float(step)
-    if score > best:
+    if score > best or not (out / "model").exists():
         best = score
-        policy.model.save_pretrained(out / "model")  # an ordinary folder for from_pretrained()
-        policy.tokenizer.save_pretrained(out / "model")
+        with replacing(out / "model") as folder:  # an ordinary one, for from_pretrained()
+            policy.model.save_pretrained(folder)
+            policy.tokenizer.save_pretrained(folder)
     save_state(out / "state.pt", saved, step, best)
     return best
 
 
-def log_step(out: Path, metrics: dict, r: Rollout, rewards: np.ndarray, with_samples: bool) -> None:
-    """Append the step to metrics.jsonl, and now and then three of its CoTs to samples.jsonl."""
-    append_jsonl(out / "metrics.jsonl", metrics)
-    for n in range(min(3, len(r.cots)) if with_samples else 0):
-        row = {"step": metrics["step"], "cot": r.cots[n], "stopped": r.stopped[n]}
-        row |= {"answer": r.answers[n], "reward": rewards.flat[n]}
-        append_jsonl(out / "samples.jsonl", row)
-
-
 def train(policy: Policy, config: Config, out: Path) -> None:
     """The algorithm: for each step sample, reward, update; now and then validate and save."""
-    problems = load_problems(config, config.task, "train")
+    problems = fitting(policy, load_problems(config, config.task, "train"), config)
     held_out = load_problems(config, config.task, "validation")[: config.eval_limit]
+    held_out = fitting(policy, held_out, config) if held_out else []
     kind = AdamW16 if config.dtype == "bf16" else torch.optim.AdamW
     optimizer = kind(policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
     saved = {"model": policy.model, "optimizer": optimizer, "schedule": schedule}
-    if config.resume:
+    if config.resume and (out / "state.pt").exists():
         done, best = load_state(out / "state.pt", saved, policy.model.device)
-        forget_after(out, done)
     else:
         done, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0, saved)
+    logs = [read_log(out / name, lambda row: row["step"] <= done) for name in LOGS]  # later: again
+    history = logs[0]  # metrics
     every = max(1, config.steps // CHECKPOINTS)
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=config.cot)
     for step in bar:
         batch = prompts_of_step(problems, step, config.prompts, config.seed)
         metrics, r, rewards = train_step(policy, batch, step, config, optimizer, schedule)
         now = (step + 1) % every == 0 or step + 1 == config.steps
-        log_step(out, metrics, r, rewards, with_samples=now or step == 0)
+        append_jsonl(out / "metrics.jsonl", metrics)
+        for n in range(min(3, len(r.cots)) if now or step == 0 else 0):
+            row = {"step": step + 1, "cot": r.cots[n], "stopped": r.stopped[n]}
+            row |= {"answer": r.answers[n], "reward": rewards.flat[n]}
+            append_jsonl(out / "samples.jsonl", row)
         if now:
             best = checkpoint(policy, config, out, held_out, step + 1, best, saved)
-        shown = {key: f"{metrics[key]:.2f}" for key in ("reward", "success", "cot_len")}
-        bar.set_postfix(**shown, best=f"{best:.2f}")
-
-
-def forget_after(out: Path, step: int) -> None:
-    """Drop the log lines of steps that a resumed run will do again."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        rows = read_jsonl(out / name) if (out / name).exists() else []
-        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-        (out / name).write_text(kept, encoding="utf-8")
+        if SIGNALS:
+            save_state(out / "state.pt", saved, step + 1, best)
+            raise Stopped
+        history.append(metrics)
+        hopeless = len(history) >= 10 and all(row["skipped"] for row in history[-10:])
+        require(not hopeless, "ten steps in a row had no finite gradient: lower --lr")
+        if len(history) == 20 and not any(row["mixed_groups"] for row in history):
+            tqdm.write("No group had mixed rewards in 20 steps, so nothing is learnt: see"
+                       " samples.jsonl; try more --samples, a longer --max-cot or another --task")
+        bar.set_postfix({k: round(metrics[k], 2) for k in ("success", "cot_len")}, best=best)
 
 
 # ---- 11. Main -----------------------------------------------------------------------------------
@@ -1455,39 +1414,28 @@ def parse(arguments: list[str]) -> Config:
     """Config from command-line arguments; UserError on an unknown flag or a bad value."""
     parser = transformers.HfArgumentParser(
         Config, allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0])
-
-    def fail(message: str):
-        """In place of argparse's own error, which prints the usage and exits."""
-        raise UserError(message)
-
-    parser.error = fail
+    parser.error = partial(require, False)  # argparse's own prints the usage and exits
     config, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False)
     require(not unknown, f"{' '.join(unknown)}: no such flag; --help lists them all")
     return config
 
 
-def prepare(config: Config) -> Path:
-    """Make --out-dir; a run that is resumed must be there, with the same settings."""
-    out = Path(config.out_dir)
+def begin(config: Config, out: Path) -> None:
+    """Make --out-dir: for a new run without what an older one left, for a resumed one as it was."""
+    there, new = out / "config.json", dataclasses.asdict(config) | {"resume": False}
     if config.resume:
-        there = (out / "config.json").is_file()
-        require(there, f"--resume: {out} holds no run; leave --resume out")
-        new, old = dataclasses.asdict(config) | {"resume": False}, read_json(out / "config.json")
-        changed = [flag(k) for k in new if k not in FREE_TO_CHANGE and new[k] != old.get(k)]
+        require(there.is_file(), f"--resume: {out} holds no run; leave --resume out")
+        old = json.loads(there.read_bytes())
+        changed = [flag(k) for k in new if k not in MAY_CHANGE.split() and new[k] != old.get(k)]
         require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
     with explained(OSError, f"--out-dir {out}: can't be made"):
         out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def begin(config: Config, out: Path) -> None:
-    """Write config.json, and remove what an older run has left there if a new one starts."""
     if not config.resume and not config.eval_only:
-        for name in ("metrics.jsonl", "samples.jsonl", "eval.json", "state.pt"):
+        for name in (*LOGS, "eval.json", "state.pt"):
             (out / name).unlink(missing_ok=True)
-    if not config.eval_only or not (out / "config.json").exists():
-        write_json(out / "config.json", dataclasses.asdict(config) | {"resume": False})
+    if not config.eval_only or not there.exists():
+        write_json(there, new)
 
 
 def run(config: Config) -> str:
@@ -1501,8 +1449,8 @@ def run(config: Config) -> str:
     print(filled_in)
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.device == "cpu")  # same seed, same bits
-    out = prepare(config)
-    policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
+    out, source = Path(config.out_dir), config.model or toy_tasks.base_model(Path("runs/toy-base"))
+    policy = load_policy(config, str(source))
     if config.bench:
         return bench(policy, config)
     begin(config, out)
@@ -1529,14 +1477,22 @@ def run(config: Config) -> str:
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
-    """Parse, run, and turn a user's mistake into one line and exit status 2."""
+    """Parse, run, and turn a user's mistake into one line and exit status 2, a signal into 0."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    SIGNALS.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):  # note the first, let a second one kill at once
+        signal.signal(number, lambda n, _: (SIGNALS.append(n), signal.signal(n, signal.SIG_DFL)))
     try:
-        print(run(parse(sys.argv[1:] if arguments is None else arguments)))
+        config = parse(arguments)
+        print(run(config))
     except UserError as error:
         print(f"softcot.py: error: {error}", file=sys.stderr)
         return 2
+    except Stopped:
+        again = [] if config.resume or config.eval_only else ["--resume"]
+        print("Stopped. To go on:", shlex.join(["python", "softcot.py", *arguments, *again]))
     return 0
 
 

@@ -3,14 +3,18 @@
     python -m pytest                 # about 4 minutes on 2 CPU cores, no network
 """
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that read it
@@ -20,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from nbclient import NotebookClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -607,23 +613,28 @@ def test_micro_batches_and_skipped_rows_leave_loss_and_gradient_unchanged(name):
             )
 
 
-def test_micro_batches_hold_every_row_once_and_no_more_tokens_than_allowed():
+def test_a_micro_batch_has_as_many_rows_as_its_tokens_allow_and_no_empty_columns(monkeypatch):
     policy = tiny_policy("llama")
     r = sample(policy, SETTINGS["hard_sample"], max_cot=40)
-    lengths = [40, 13, 1, 25, 40, 2]
-    r.cot.mask = torch.arange(40) < torch.tensor(lengths)[:, None]
-    fixed = r.prompt_ids.shape[1] + r.prefill_ids.shape[1] + r.answer.ids.shape[1]
-    for tokens in (1, 150, 200, 300, 10**6):
-        batches = softcot.micro_batches(r, [0, 1, 3, 4, 5], tokens)
-        assert [n for batch in batches for n in batch] == [0, 1, 3, 4, 5]
-        sizes = [len(batch) * (fixed + max(lengths[n] for n in batch)) for batch in batches]
-        assert all(s <= tokens or len(b) == 1 for s, b in zip(sizes, batches))
-        # greedy: the first row of a batch would not have fitted into the batch before
-        for before, after in zip(batches, batches[1:]):
-            longer = max(lengths[n] for n in before + after[:1])
-            assert (len(before) + 1) * (fixed + longer) > tokens
-    part = softcot.rows_of(r, torch.tensor([lengths.index(min(lengths))]))
-    assert part.cot.mask.all() and part.cot.mask.shape == (1, min(lengths))
+    r.cot.mask = torch.arange(40) < torch.tensor([39, 13, 1, 25, 8, 2])[:, None]
+    longest = r.prompt_ids.shape[1] + r.prefill_ids.shape[1] + r.answer.ids.shape[1] + 40
+    seen = []
+
+    def log_probs(policy, part, real=softcot.log_probs):
+        seen.append(part.cot.ids.shape)
+        return real(policy, part)
+
+    monkeypatch.setattr(softcot, "log_probs", log_probs)
+    advantages = torch.tensor([1.0, -1.0, 0.0, 2.0, 0.5, -1.0])
+    for tokens, shapes in (
+        (1, [(1, 39), (1, 13), (1, 25), (1, 8), (1, 2)]),
+        (2 * longest - 1, [(1, 39), (1, 13), (1, 25), (1, 8), (1, 2)]),
+        (2 * longest, [(2, 39), (2, 25), (1, 2)]),
+        (10**6, [(5, 39)]),
+    ):
+        seen.clear()
+        gradient_of(policy, r, advantages, tokens)
+        assert seen == shapes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -880,35 +891,58 @@ def test_every_epoch_of_training_sees_every_problem_once():
 
 
 def test_toy_problems_for_testing_are_not_among_those_for_training():
-    train = {row["question"] for row in toy_tasks.rows("train")}
-    test = {row["question"] for row in toy_tasks.rows("test")}
-    assert len(train) == toy_tasks.TRAIN and len(test) == toy_tasks.TEST and not train & test
-    for row in toy_tasks.rows("test")[:20]:
-        assert sum(int(n) for n in row["question"][:-1].split("+")) == int(row["answer"])
+    train = {row["question"] for row in toy_tasks.rows("toy", "train")}
+    assert len(train) == toy_tasks.TRAIN
+    for name, largest in toy_tasks.LARGEST.items():
+        rows = toy_tasks.rows(name, "test")
+        test, pool = {row["question"] for row in rows}, toy_tasks.pool(name)
+        assert len(test) == toy_tasks.TEST and not train & test
+        assert not test & {"+".join(map(str, terms)) + "=" for terms in pool.tolist()}
+        assert len(pool) + len(test) == largest**6 - (5**6 if name == "toy-large" else 0)
+        for row in rows[:20]:
+            terms = [int(n) for n in row["question"][:-1].split("+")]
+            assert sum(terms) == int(row["answer"]) and len(terms) == 6 and max(terms) <= largest
+            assert name == "toy" or max(terms) > 5
+
+
+def test_toy_walks_go_on_by_one_and_wrong_answers_jump():
+    for row in toy_tasks.rows("toy-walk", "test"):
+        ways = [row["question"].replace("=", "") + option for option in row["options"]]
+        right, wrong = (np.diff([int(n) for n in way.split()]) for way in ways)
+        assert len(right) == 7 and (abs(right) == 1).all() and row["answer"] == 0
+        assert (abs(wrong) != 1).sum() == 1  # one jump
 
 
 def test_toy_pretraining_text_is_what_the_tokenizer_reads():
     tokenizer = toy_tasks.make_tokenizer()
-    terms = toy_tasks.all_problems()[:200]
-    ids, labels = toy_tasks.pretraining_batch(
-        terms, tokenizer.get_vocab(), torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
     stops = {True: [], False: []}
-    for row, target, numbers in zip(ids, labels, terms.tolist()):
-        text = tokenizer.decode(row, skip_special_tokens=True)
-        question, _, reply = text.partition("=")
-        assert question == "+".join(map(str, numbers))
-        thought, _, answer = reply.partition("The final answer is: \\boxed{")
-        totals = [int(t) for t in thought.split()]
-        assert totals == list(itertools.accumulate(numbers))[1 : len(totals) + 1]
-        assert answer == f"{totals[-1]}}}"
-        kept = target[target != -100]
-        assert tokenizer.decode(kept) == reply + "<eos>"
-        assert tokenizer(text).input_ids == row[: len(tokenizer(text).input_ids)].tolist()
-        for i, total in enumerate(totals[: toy_tasks.TERMS - 2]):
-            stops[total % 5 == 0].append(i == len(totals) - 1)
+    for name in toy_tasks.LARGEST:
+        terms = toy_tasks.all_sums(name)[:200]
+        ids, labels = toy_tasks.sum_texts(terms, tokenizer.get_vocab(), generator)
+        for row, target, numbers in zip(ids, labels, terms.tolist()):
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            question, _, reply = text.partition("=")
+            assert question == "+".join(map(str, numbers))
+            thought, _, answer = reply.partition("The final answer is: \\boxed{")
+            totals = [int(t) for t in thought.split()]
+            assert totals == list(itertools.accumulate(numbers))[1 : len(totals) + 1]
+            assert answer == f"{totals[-1]}}}"
+            kept = target[target != -100]
+            assert tokenizer.decode(kept) == reply + "<eos>"
+            assert tokenizer(text).input_ids == row[: len(tokenizer(text).input_ids)].tolist()
+            for i, total in enumerate(totals[: toy_tasks.TERMS - 2]):
+                stops[total % 5 == 0].append(i == len(totals) - 1)
     assert abs(np.mean(stops[True]) - toy_tasks.STOP_ROUND) < 0.12
     assert abs(np.mean(stops[False]) - toy_tasks.STOP_OTHER) < 0.08
+    ids, labels = toy_tasks.walk_texts(50, tokenizer.get_vocab(), generator)
+    for row, target in zip(ids, labels):
+        text = tokenizer.decode(row)
+        question, answer = text.split("=")
+        assert tokenizer(text).input_ids == row.tolist()
+        assert len(question.split()) == len(answer.split()) == 4
+        assert tokenizer.decode(target[target != -100]) == answer
+        assert set(abs(np.diff([int(n) for n in text.replace("=", "").split()]))) == {1}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -937,8 +971,23 @@ def tiny_run(folder, out, *more):
     return softcot.main(["--model", str(folder), "--out-dir", str(out), *small, *more])
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def break_after(patch, step):
+    """Let a run break off right after it has written the metrics of a step."""
+
+    def append(path, row, real=softcot.append_jsonl):
+        real(path, row)
+        if path.name == "metrics.jsonl" and row["step"] == step:
+            raise KeyboardInterrupt
+
+    patch.setattr(softcot, "append_jsonl", append)
 
 
 TIMES = ("rollout_s", "train_s", "tokens_per_s", "rollout_gib", "train_gib")
@@ -952,13 +1001,8 @@ def test_the_same_seed_gives_the_same_run_and_resume_continues_it_to_the_bit(
     assert tiny_run(tiny_folder, whole, "--cot", cot, "--steps", "6") == 0
     assert tiny_run(tiny_folder, again, "--cot", cot, "--steps", "6") == 0
 
-    def stop_after_three(*arguments, real=softcot.log_step, **named):
-        real(*arguments, **named)
-        if arguments[1]["step"] == 4:  # in the middle of a step that will be done again
-            raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softcot, "log_step", stop_after_three)
+        break_after(patch, 4)  # in the middle of a step that will be done again
         with pytest.raises(KeyboardInterrupt):
             tiny_run(tiny_folder, cut, "--cot", cot, "--steps", "6")
     assert len(read_lines(cut / "metrics.jsonl")) == 4
@@ -977,11 +1021,12 @@ def test_the_same_seed_gives_the_same_run_and_resume_continues_it_to_the_bit(
     assert any(not torch.equal(base[key], state[key]) for key in state)  # something was learnt
 
 
-def one_line_error(capsys, arguments):
+def one_line_error(capsys, arguments, progress=False):
     """The one line that a wrong call prints; asserts exit status 2 and nothing more."""
     capsys.readouterr()
     assert softcot.main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    lines = lines[-1:] if progress else lines  # behind a progress bar
     assert len(lines) == 1 and lines[0].startswith("softcot.py: error: "), lines
     return lines[0]
 
@@ -1004,9 +1049,8 @@ def one_line_error(capsys, arguments):
         ("--lr nan", "--lr nan"),
         ("--tau 0", "--tau 0"),
         ("--sigma-scale 0", "--sigma-scale 0"),
-        ("--cot hard --sigma-scale 0.3", "--sigma-scale 0.3"),
+        ("--cot hard --sigma-scale 0.3", "--sigma-scale"),
         ("--eval-settings soft_loud", "soft_loud"),
-        ("--eval-settings hard_greedy --eval-k 8", "--eval-k 8"),
         ("--eval-only --resume", "--resume"),
         ("--eval-only --eval-limit 0", "--eval-limit 0"),
         ("--resume --out-dir OUT", "--resume"),
@@ -1058,7 +1102,7 @@ def test_evaluation_alone_runs_what_was_asked_for_and_touches_nothing_else(tiny_
     arguments = f"--eval-only --model {tiny_folder} --out-dir {tmp_path} --eval-limit 5".split()
     assert softcot.main([*arguments, "--eval-settings", "hard_greedy", "soft_greedy"]) == 0
     assert softcot.main([*arguments, "--eval-settings", "fuzzy_sample", "--eval-k", "3"]) == 0
-    records = softcot.read_json(tmp_path / "eval.json")
+    records = read_json(tmp_path / "eval.json")
     assert [r["setting"] for r in records] == ["hard_greedy", "soft_greedy", "fuzzy_sample"]
     assert [(r["n"], list(r["k"])) for r in records] == [(1, ["1"]), (1, ["1"]), (3, ["1", "2", "3"])]
     assert {(r["stage"], r["task"], r["problems"]) for r in records} == {("base", "toy", 5)}
@@ -1087,7 +1131,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_pat
         call(tmp_path / "cut")
     assert call(tmp_path / "cut") == 0
     assert len(rolled) == 8 + 3
-    whole, cut = (softcot.read_json(tmp_path / name / "eval.json") for name in ("whole", "cut"))
+    whole, cut = (read_json(tmp_path / name / "eval.json") for name in ("whole", "cut"))
     assert whole == cut and len(cut) == 2
     log = (tmp_path / "cut" / "eval_batches.jsonl").read_text()
     command = [sys.executable, str(HERE / "softcot.py"), *fixed, "--out-dir", str(tmp_path / "cut")]
@@ -1153,9 +1197,9 @@ def test_likelihood_of_choices_equals_a_plain_loop(kind, monkeypatch):
 
 def test_choices_are_read_from_the_rows_of_every_data_set():
     arc = {"question": "Q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
-    assert softcot.CHOICES["arc"].read(arc) == ("Question: Q\nAnswer:", ["a", "b"], 1)
+    assert softcot.CHOICES["arc"][2](arc) == ("Question: Q\nAnswer:", [" a", " b"], 1)
     mmlu = {"question": "Q", "choices": ["a", "b", "c", "d"], "answer": 3}
-    assert softcot.CHOICES["mmlu"].read(mmlu)[1:] == (["a", "b", "c", "d"], 3)
+    assert softcot.CHOICES["mmlu"][2](mmlu)[1:] == ([" a", " b", " c", " d"], 3)
 
 
 def test_help_explains_every_flag(capsys):
@@ -1179,7 +1223,7 @@ def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model
     assert "toy hard_greedy pass@1" in last and "runs/toy-soft-s0" in last
     assert "--tau 0.5 --sigma-scale 0.33" in done.stdout
 
-    scores = {(r["setting"], r["stage"]): r for r in softcot.read_json(out / "eval.json")}
+    scores = {(r["setting"], r["stage"]): r for r in read_json(out / "eval.json")}
     before, after = scores["hard_greedy", "base"], scores["hard_greedy", "trained"]
     assert after["k"]["1"] >= before["k"]["1"] + 0.10
     assert after["cot_len"] > before["cot_len"] + 0.5
@@ -1195,7 +1239,7 @@ def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
     right = 0
-    for row in toy_tasks.rows("test")[:40]:
+    for row in toy_tasks.rows("toy", "test")[:40]:
         ids = tokenizer(row["question"], return_tensors="pt").input_ids
         new = model.generate(ids, do_sample=False, max_new_tokens=16)
         text = tokenizer.decode(new[0], skip_special_tokens=True)
@@ -1245,7 +1289,7 @@ def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(tiny_f
     arguments = f"--bench --model {tiny_folder} --prompts 2 --samples 2 --out-dir {tmp_path}".split()
     assert softcot.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()[-5:]
-    assert [line.split()[0] for line in lines] == ["tokens/s", "hard", "soft", "fuzzy", "generate()"]
+    assert [line.split()[0] for line in lines] == ["tokens_per_s", "hard", "soft", "fuzzy", "generate()"]
     for line, columns in zip(lines[1:], (5, 5, 5, 2)):
         numbers = [float(x) for x in line.split()[1:]]
         assert len(numbers) == columns and min(numbers) >= 0 and numbers[0] > 0
@@ -1309,13 +1353,8 @@ def test_a_bf16_run_trains_and_is_resumed_to_the_bit(tiny_folder, tmp_path):
     arguments = ("--dtype", "bf16", "--steps", "4")
     assert tiny_run(tiny_folder, whole, *arguments) == 0
 
-    def stop(*arguments, real=softcot.log_step, **named):
-        real(*arguments, **named)
-        if arguments[1]["step"] == 3:
-            raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softcot, "log_step", stop)
+        break_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             tiny_run(tiny_folder, cut, *arguments)
     assert tiny_run(tiny_folder, cut, *arguments, "--resume") == 0
@@ -1343,7 +1382,7 @@ def test_choices_are_evaluated_from_the_command_line(tiny_folder, tmp_path):
     (data / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = f"--eval-only --model {tiny_folder} --data-dir {tmp_path} --eval-tasks hellaswag"
     assert softcot.main([*arguments.split(), "--out-dir", str(tmp_path / "out")]) == 0
-    (record,) = softcot.read_json(tmp_path / "out" / "eval.json")
+    (record,) = read_json(tmp_path / "out" / "eval.json")
     assert record["problems"] == 4 and 0 <= record["accuracy"] <= 1 and record["nll"] > 0
 
 
@@ -1359,3 +1398,391 @@ def test_a_notebook_runs_and_its_lessons_hold(path, tmp_path):
     assert any("assert " in cell.source for cell in code)
     where = {"metadata": {"path": str(tmp_path / "notebooks")}}
     NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where).execute()
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs that survive: kills, signals, full disks, bad numbers, bad input
+# ------------------------------------------------------------------------------------------------
+
+
+def command_of(folder, out, *more):
+    """The command line of tiny_run() for another process."""
+    small = "--prompts 2 --samples 4 --eval-limit 4 --eval-k 2 --warmup 0 --lr 1e-3 --threads 1"
+    run = ["--model", str(folder), "--out-dir", str(out), *small.split(), *more]
+    return [sys.executable, str(HERE / "softcot.py"), *run]
+
+
+def assert_same_outcome(ours, theirs):
+    """Two folders of runs hold the same metrics (but times), samples, evaluations and weights."""
+    pairs = zip(read_lines(ours / "metrics.jsonl"), read_lines(theirs / "metrics.jsonl"), strict=True)
+    for a, b in pairs:
+        assert {k: a[k] for k in a if k not in TIMES} == {k: b[k] for k in b if k not in TIMES}
+    assert (ours / "samples.jsonl").read_text() == (theirs / "samples.jsonl").read_text()
+    assert read_json(ours / "eval.json") == read_json(theirs / "eval.json")
+    states = [torch.load(f / "state.pt", weights_only=True) for f in (ours, theirs)]
+    flat = [torch.utils._pytree.tree_leaves(state) for state in states]
+    assert len(flat[0]) == len(flat[1])
+    for a, b in zip(*flat):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    best = [transformers.AutoModelForCausalLM.from_pretrained(f / "model") for f in (ours, theirs)]
+    for a, b in zip(*(model.parameters() for model in best)):
+        assert torch.equal(a, b)
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tiny_folder, tmp_path):
+    """kill -9, KILLS times (an environment variable), within 2 s after some event."""
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    more = ("--steps", "60", "--dtype", "bf16")
+    subprocess.run(command_of(tiny_folder, whole, *more), check=True, capture_output=True)
+    rng, kills = np.random.default_rng(0), int(os.environ.get("KILLS", 3))
+    reached = []
+    for kill in range(kills):  # every other one as soon as the program is at work, or after steps
+        begun = (killed / "config.json").exists()
+        with open(log, "w") as file:
+            command = command_of(tiny_folder, killed, *more, *(["--resume"] if begun else []))
+            process = subprocess.Popen(command, stdout=file, stderr=file)
+            lines, metrics = reached[-1] if reached else 0, killed / "metrics.jsonl"
+            while process.poll() is None:
+                at_work = "filled in" in log.read_text()
+                further = metrics.exists() and metrics.read_bytes().count(b"\n") > lines + 3
+                if further or (at_work and kill % 2):
+                    break
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 2))
+            assert process.poll() in (None, 0), log.read_text()
+            process.kill()
+            process.wait()
+        for name in ("eval.json", "config.json"):  # never half a file
+            if (killed / name).exists():
+                read_json(killed / name)
+        if (killed / "state.pt").exists():
+            reached.append(torch.load(killed / "state.pt", weights_only=True)["step"])
+    print(f"{kills} kills; the saved step after each: {reached}")
+    assert reached and reached == sorted(reached)
+    command = command_of(tiny_folder, killed, *more, "--resume")
+    subprocess.run(command, check=True, capture_output=True)
+    assert_same_outcome(whole, killed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_step_with_the_command_to_go_on(
+    number, tiny_folder, tmp_path, capsys
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert tiny_run(tiny_folder, whole, "--steps", "50") == 0
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def rollout(*arguments, real=softcot.rollout):
+            training, log = len(arguments[1]) == 2, cut / "metrics.jsonl"
+            if training and log.exists() and len(read_lines(log)) == 6:
+                os.kill(os.getpid(), number)  # in the middle of step 7, which has no checkpoint
+            return real(*arguments)
+
+        patch.setattr(softcot, "rollout", rollout)
+        assert tiny_run(tiny_folder, cut, "--steps", "50") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Stopped. To go on: python softcot.py --model ")
+    assert last.endswith(" --resume")
+    assert len(read_lines(cut / "metrics.jsonl")) == 7
+    assert torch.load(cut / "state.pt", weights_only=True)["step"] == 7
+    assert tiny_run(tiny_folder, cut, "--steps", "50", "--resume") == 0
+    assert_same_outcome(whole, cut)
+
+
+def test_a_signal_ends_an_evaluation_after_its_batch(tiny_folder, tmp_path, capsys, monkeypatch):
+    batches = []
+
+    def rollout(*arguments, real=softcot.rollout):
+        batches.append(1)
+        if len(batches) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(softcot, "rollout", rollout)
+    more = ("--eval-only", "--eval-limit", "40", "--eval-settings", "hard_sample")
+    assert tiny_run(tiny_folder, tmp_path / "a", *more) == 0
+    assert "Stopped. To go on: python softcot.py" in capsys.readouterr().out
+    assert len(batches) == 3 and not (tmp_path / "a" / "eval.json").exists()
+    assert tiny_run(tiny_folder, tmp_path / "a", *more) == 0
+    assert len(batches) == 10  # 4 problems, of 2 samples each, at a time: none done twice
+    assert tiny_run(tiny_folder, tmp_path / "b", *more) == 0
+    assert read_json(tmp_path / "a" / "eval.json") == read_json(tmp_path / "b" / "eval.json")
+
+
+def test_a_full_disk_is_one_line_and_the_last_saved_state_stays(tiny_folder, tmp_path):
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    assert tiny_run(tiny_folder, whole, "--steps", "6", "--threads", "1") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        break_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_run(tiny_folder, full, "--steps", "6", "--threads", "1")
+    saved, model = (full / "state.pt").read_bytes(), (full / "model/model.safetensors").read_bytes()
+    command = command_of(tiny_folder, full, "--steps", "6", "--resume")
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(saved) // 2},) * 2)"  # bytes a file
+    program = f"import resource, softcot; {limit}; raise SystemExit(softcot.main({command[2:]}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("softcot.py: error: ") and "state.pt: can't be written" in line
+    assert "Traceback" not in done.stderr
+    assert (full / "state.pt").read_bytes() == saved
+    assert (full / "model/model.safetensors").read_bytes() == model
+    assert tiny_run(tiny_folder, full, "--steps", "6", "--threads", "1", "--resume") == 0
+    assert_same_outcome(whole, full)
+
+
+def test_a_half_written_line_of_a_log_is_dropped(tmp_path):
+    log = tmp_path / "log.jsonl"
+    assert softcot.read_log(log) == []
+    softcot.append_jsonl(log, {"step": 1, "loss": math.pi})
+    softcot.append_jsonl(log, {"step": 2, "loss": math.nan})
+    whole = log.read_bytes()
+    for cut in range(1, 15):
+        log.write_bytes(whole + whole[:cut])
+        assert [row["step"] for row in softcot.read_log(log)] == [1, 2]
+        assert log.read_bytes() == whole
+    assert len(softcot.read_log(log, lambda row: row["step"] <= 1)) == 1
+    assert log.read_bytes() == whole.splitlines(keepends=True)[0]
+
+
+def poisoned(patch, steps):
+    """Let the advantages of these steps (from 1) be NaN, and with them loss and gradient."""
+    calls = []
+
+    def advantages(rewards, real=softcot.rloo_advantages):
+        calls.append(1)
+        return real(rewards) + (math.nan if len(calls) in steps else 0)
+
+    patch.setattr(softcot, "rloo_advantages", advantages)
+
+
+def test_a_step_without_finite_gradient_is_skipped_and_named(tiny_folder, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        poisoned(patch, {2, 4})
+        assert tiny_run(tiny_folder, tmp_path, "--steps", "5") == 0
+    assert [row["skipped"] for row in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 0, 1, 0]
+    output = "".join(capsys.readouterr())
+    problems = softcot.load_problems(softcot.Config(), "toy", "train")
+    for step in (2, 4):
+        ids = [p.id for p in softcot.prompts_of_step(problems, step - 1, 2, 0)]
+        assert f"step {step} skipped" in output and f"prompts {ids}" in output
+    for weight in torch.load(tmp_path / "state.pt", weights_only=True)["model"].values():
+        assert weight.isfinite().all()
+
+
+def test_ten_steps_without_finite_gradient_in_a_row_end_the_run(tiny_folder, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        poisoned(patch, {2, *range(4, 100)})
+        assert tiny_run(tiny_folder, tmp_path, "--steps", "40") == 2
+    assert "ten steps in a row had no finite gradient" in capsys.readouterr().err
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 13
+
+
+def test_a_run_that_cannot_learn_says_so_after_20_steps(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(softcot, "reward", lambda *_: 10.0)
+    for steps, said in ((19, 0), (25, 1)):
+        assert tiny_run(tiny_folder, tmp_path, "--steps", str(steps), "--eval-limit", "0") == 0
+        assert "".join(capsys.readouterr()).count("No group had mixed rewards") == said
+
+
+@pytest.mark.parametrize("function, advice", [("rollout", "--samples"), ("log_probs", "--micro-batch")])
+def test_out_of_gpu_memory_names_the_phase_and_the_flags(
+    function, advice, tiny_folder, tmp_path, capsys, monkeypatch
+):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nmore lines")
+
+    monkeypatch.setattr(softcot, function, fail)
+    small = f"--steps 2 --eval-limit 0 --prompts 8 --samples 8 --out-dir {tmp_path}".split()
+    line = one_line_error(capsys, ["--model", str(tiny_folder), *small], progress=True)
+    assert advice in line and "out of GPU memory in" in line
+
+
+LONG = "1+" * (5 * 2**20) + "1="  # 10 MB
+HOSTILE = {  # name: lines of a file, and whether it can be trained on without the bad row
+    "a line of 10 MB": ([{"question": LONG, "answer": "2"}], True),
+    "NUL bytes": (['{"question": "a\0b", "answer": "1"}'], False),
+    "NUL as JSON": ([{"question": "1+\0 1=", "answer": "2"}], True),
+    "half a surrogate pair": (['{"question": "1+1\\ud800=", "answer": "2"}'], False),
+    "not UTF-8": ([b'{"question": "\xff\xfe", "answer": "1"}'], False),
+    "duplicated keys": (['{"question": "1+1=", "question": "1+2=", "answer": "3"}'], True),
+    "a number for a question": ([{"question": 7, "answer": "1"}], False),
+    "no answer": ([{"question": "1+1="}], False),
+    "null for an answer": ([{"question": "1+1=", "answer": None}], True),
+    "a list for an answer": ([{"question": "1+1=", "answer": ["2"]}], True),
+    "a number for an answer": ([{"question": "1+1=", "answer": 2}], True),
+    "nested without end": (["[" * 200_000], False),
+    "a huge number": (['{"question": "1+1=", "answer": ' + "9" * 10_000 + "}"], False),
+    "an empty question": ([{"question": "", "answer": "2"}], True),
+    "not an object": (["3"], False),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_data_file_is_one_line_or_is_skipped(name, tiny_folder, tmp_path, capsys):
+    bad, trains = HOSTILE[name]
+    lines = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(30)]
+    with open(tmp_path / "mine.jsonl", "wb") as file:
+        for line in [*lines[:15], *bad, *lines[15:]]:
+            line = json.dumps(line) if isinstance(line, dict) else line
+            file.write((line.encode() if isinstance(line, str) else line) + b"\n")
+    arguments = ["--task", str(tmp_path / "mine.jsonl"), "--steps", "2", "--max-cot", "4"]
+    arguments += "--max-answer 3 --eval-max-cot 4 --eval-settings hard_greedy --eval-k 1".split()
+    status = tiny_run(tiny_folder, tmp_path / "out", *arguments, "--eval-limit", "2")
+    captured = capsys.readouterr()
+    assert status == (0 if trains else 2), captured.err
+    if not trains:
+        assert len(captured.err.strip().splitlines()) == 1 and "mine.jsonl" in captured.err
+    if name in ("a line of 10 MB", "null for an answer"):
+        assert "skipped" in captured.out
+
+
+def test_a_loop_of_links_is_one_line(tiny_folder, tmp_path, capsys):
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    line = one_line_error(capsys, ["--model", str(tiny_folder), "--task", str(tmp_path / "a.jsonl")])
+    assert "a.jsonl" in line
+
+
+def changed_copy(folder, new, change):
+    """A copy of a model folder in which change(model, tokenizer) was done."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    change(model, tokenizer)
+    model.save_pretrained(new), tokenizer.save_pretrained(new)
+    return new
+
+
+def test_models_with_odd_vocabularies_and_tokenizers(tiny_folder, tmp_path, capsys):
+    size = len(transformers.AutoTokenizer.from_pretrained(tiny_folder))
+    larger = changed_copy(tiny_folder, tmp_path / "a", lambda m, _: m.resize_token_embeddings(size + 7))
+    assert tiny_run(larger, tmp_path / "out", "--steps", "2") == 0
+    no_pad = changed_copy(tiny_folder, tmp_path / "b", lambda _, t: setattr(t, "pad_token", None))
+    assert tiny_run(no_pad, tmp_path / "out", "--steps", "2") == 0
+    smaller = changed_copy(tiny_folder, tmp_path / "c", lambda m, _: m.resize_token_embeddings(size - 7))
+    assert "tokenizer" in one_line_error(capsys, ["--model", str(smaller)])
+    no_end = changed_copy(tiny_folder, tmp_path / "d", lambda _, t: setattr(t, "eos_token", None))
+    assert "end-of-text" in one_line_error(capsys, ["--model", str(no_end)])
+
+
+def test_prompts_longer_than_the_context_are_skipped_or_named(tiny_folder, tmp_path, capsys):
+    def shorten(model, tokenizer):
+        prompt = softcot.PROMPT.replace("QUESTION", "+1" * 10 + "=8+")
+        longest = len(tokenizer(prompt).input_ids) + 9 + 2 + 3  # CoT, "... is: \\boxed{", answer
+        model.config.max_position_embeddings = longest
+
+    short = changed_copy(tiny_folder, tmp_path / "short", shorten)
+    rows = [{"question": "+1" * (n % 3 + 10) + "=" + f"{n}+", "answer": "1"} for n in range(60)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--task", str(tmp_path / "mine.jsonl"), "--steps", "1", "--max-cot", "9"]
+    arguments += "--max-answer 3 --eval-settings hard_greedy --eval-k 1".split()
+    assert tiny_run(short, tmp_path / "out", *arguments, "--eval-max-cot", "9") == 0
+    assert "problems skipped" in capsys.readouterr().out
+    assert tiny_run(short, tmp_path / "out", *arguments, "--eval-max-cot", "20") == 2
+    assert "lower --max-cot, --eval-max-cot or --max-answer" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# Random inputs
+# ------------------------------------------------------------------------------------------------
+
+FUZZ = dict(max_examples=300, deadline=None, derandomize=True, database=None)
+FUZZ["suppress_health_check"] = list(HealthCheck)
+POLICIES = {}  # made once
+
+
+@settings(**FUZZ)
+@given(
+    kind=st.sampled_from(KINDS),
+    name=st.sampled_from(list(SETTINGS)),
+    stop=st.sampled_from(["zzz", "e", "a", "0"]),  # one letter: CoTs stop at all sorts of places
+    prompts=st.lists(st.text("ab c\n", min_size=1, max_size=9), min_size=1, max_size=3, unique=True),
+    G=st.integers(2, 4),
+    max_cot=st.integers(1, 10),
+    max_answer=st.integers(1, 5),
+    tokens=st.sampled_from([1, 60, 10**6]),
+    seed=st.integers(0, 10**6),
+)
+def test_invariants_of_random_batches(kind, name, stop, prompts, G, max_cot, max_answer, tokens, seed):
+    policy = POLICIES.setdefault(kind, tiny_policy(kind))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softcot, "STOP", stop)
+        seeds = [seed + n for n in range(G * len(prompts))]
+        r = sample(policy, SETTINGS[name], prompts, seeds, max_cot, max_answer)
+    N = len(seeds)
+    for part, longest in ((r.cot, max_cot), (r.answer, max_answer)):
+        lengths = part.mask.sum(1)
+        assert 1 <= lengths.min() and lengths.max() <= longest
+        assert (part.mask == (torch.arange(part.mask.shape[1]) < lengths[:, None])).all()
+    # the log-probabilities of the rollout are recomputed, and nothing else has one
+    if SETTINGS[name].deterministic:  # there is no density, so take one: of sigma 1, of tau 1
+        r.sigma = 1.0
+        r.setting = dataclasses.replace(r.setting, tau=r.setting.tau or 1.0)
+    cot, answer = softcot.log_probs(policy, r)
+    assert (cot[~r.cot.mask] == 0).all() and (answer[~r.answer.mask] == 0).all()
+    assert cot.shape == r.cot.mask.shape and answer.shape == r.answer.mask.shape
+    torch.testing.assert_close(answer, r.answer.logp, rtol=1e-3, atol=1e-3)
+    if name != "hard_greedy":
+        scale = 1 + r.cot.logp.abs().max().item()
+        torch.testing.assert_close(cot / scale, r.cot.logp / scale, rtol=1e-3, atol=1e-3)
+    # what stands in pads and gaps is never read
+    other = dataclasses.replace(r, prompt_ids=r.prompt_ids.masked_fill(~r.prompt_mask, 5))
+    other.prefill_ids = r.prefill_ids.masked_fill(~r.prefill_mask, 5)
+    other.cot = dataclasses.replace(r.cot, ids=r.cot.ids.masked_fill(~r.cot.mask, 5))
+    assert all(torch.equal(a, b) for a, b in zip((cot, answer), softcot.log_probs(policy, other)))
+    # rows without an advantage have no gradient, in micro-batches of any size
+    advantages = torch.randn(N, generator=torch.Generator().manual_seed(seed))
+    advantages[seed % N] = 0
+    _, grads = gradient_of(policy, r, advantages, tokens)
+    policy.model.zero_grad()
+    kept = [n for n in range(N) if n != seed % N]
+    (-(advantages * (cot.sum(1) + answer.sum(1)))[kept].sum() / N).backward()
+    for parameter, weight in policy.model.named_parameters():
+        if weight.grad is not None:
+            scale = weight.grad.abs().max().clamp(min=1e-6)
+            assert ((grads[parameter] - weight.grad) / scale).abs().max() < 1e-3, parameter
+    assert not gradient_of(policy, r, torch.zeros(N), tokens)[1]
+
+
+@pytest.fixture(scope="session")
+def fuzz_folder(tmp_path_factory):
+    """Where the runs of random argument lines leave their results."""
+    return tmp_path_factory.mktemp("fuzz")
+
+
+FLAGS = [flag for flag in map(softcot.flag, vars(softcot.Config())) if flag not in ("--out-dir", "--model")]
+VALUES = ["", "0", "1", "2", "3", "-1", "1e-3", "1e400", "nan", "inf", "hard", "soft", "fuzzy", "toy", "x"]
+VALUES += ["gsm8k", "math500", "hellaswag", "hard_greedy", "soft_sample", "logits", "topk-logits", "cpu"]
+VALUES += ["cuda:9", "meta", "fp32", "bf16", "bf16-mixed", "true", "/", "\0", "é", "--", "-h9", "--x=1"]
+
+
+SENSIBLE = "--steps 2|--prompts 2|--samples 3|--max-cot 3|--eval-k 2|--warmup 1|--tau 0.7|--seed 3|--lr 1e-3"
+SENSIBLE += "|--noise-at logits|--noise-at topk-logits|--sigma-scale 2|--cot fuzzy|--dtype bf16|--resume"
+SENSIBLE += "|--eval-only|--micro-batch 1|--gradient-checkpointing|--eval-settings soft_sample|--noise-top 2"
+ODD = st.tuples(st.sampled_from(FLAGS), st.lists(st.sampled_from(VALUES), max_size=2))
+ODD = ODD.map(lambda pair: [pair[0], *pair[1]])
+GOOD = st.sampled_from([words.split() for words in SENSIBLE.split("|")])
+OUTCOMES = []  # exit statuses
+
+
+def test_random_argument_lines_run_or_give_one_line(tiny_folder, fuzz_folder):
+    OUTCOMES.clear()
+    one_random_argument_line(tiny_folder, fuzz_folder)
+    print(f"{OUTCOMES.count(0)} of {len(OUTCOMES)} argument lines ran")
+    assert len(OUTCOMES) >= 300 and OUTCOMES.count(0) >= 50 and OUTCOMES.count(2) >= 50
+
+
+@settings(**FUZZ)
+@given(words=st.lists(st.one_of(GOOD, GOOD, GOOD, ODD), max_size=4))
+def one_random_argument_line(tiny_folder, fuzz_folder, words):
+    line = [word for group in words for word in group]
+    small = "--steps 1 --prompts 1 --samples 2 --max-cot 2 --max-answer 2 --eval-max-cot 2".split()
+    small += ["--eval-limit", "1", "--eval-settings", "hard_greedy", "--model", str(tiny_folder)]
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        status = softcot.main([*small, *line, "--out-dir", str(fuzz_folder)])
+    torch.set_num_threads(1)
+    OUTCOMES.append(status)
+    said = [text for text in errors.getvalue().splitlines() if "error:" in text]
+    assert status in (0, 2) and len(said) == (status == 2), errors.getvalue()

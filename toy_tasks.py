@@ -7,16 +7,21 @@ box the last total they have, most often after a multiple of five, as if a round
 the end. To stop there is a close call for the model (54 to 46), elsewhere it rather goes on (30 to
 70): so noise can tip the balance, and reinforcement learning can find out that thinking longer pays.
 
+It was pretrained on two more kinds of text, which reinforcement learning never sees: sums of larger
+numbers, with the same habit (task toy-large: does the lesson carry over?), and random walks, `9 10 9
+8 =7 8 9 8`, each number one more or one less with equal chance (toy-walk: is a skill that has nothing
+to do with sums kept? nobody can do better than ln 2 = 0.693 nats a number).
+
 The model is a one-layer Llama with a real `transformers` tokenizer, so that it runs through the same
 code as a model of 8B. Two things make it behave like a large pretrained one under soft tokens: some
 noise on its input embeddings in pretraining, and embeddings that are small beside its other weights
 (a step of Adam has one size for all weights, so small ones learn most from the noise put on them).
 """
 
-import itertools
 import math
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,9 +31,12 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TERMS = 6  # numbers in a sum
-LARGEST = 5  # of these numbers
+LARGEST = {"toy": 5, "toy-large": 8}  # of these numbers
 TEST, TRAIN = 256, 2048  # problems
-STEPS, BATCH, PEAK_LR = 700, 256, 6e-3  # pretraining
+GIVEN, ASKED = 4, 4  # numbers of a walk in the question and in the answer
+JUMP = 5  # somewhere in a wrong answer
+STEPS, PEAK_LR = 800, 6e-3  # pretraining
+BATCH = {"toy": 144, "toy-large": 96, "toy-walk": 24}  # of each kind of text
 NOISE = 0.1  # largest noise on the embeddings in pretraining, in units of their RMS
 EMBEDDING_RMS = 0.005
 DEFAULTS = dict(steps=100, prompts=32, samples=32, max_cot=9, max_answer=3, lr=5e-5)  # of softcot
@@ -36,30 +44,56 @@ DEFAULTS |= dict(eval_max_cot=9, eval_k=32, eval_limit=128, micro_batch=2**15)
 STOP_ROUND, STOP_OTHER = 0.54, 0.30  # chance to stop after a total that is, is not, a multiple of 5
 
 
-def all_problems() -> Tensor:
-    """Every sum there is, in an order that is always the same: [LARGEST**TERMS, TERMS], int64.
+def all_sums(name: str) -> Tensor:
+    """Every sum of "toy" or "toy-large" in an order that is always the same: [number, TERMS], int64.
 
-    The first TEST are for testing, the next TRAIN for reinforcement learning, and pretraining draws
-    from all but the first TEST.
+    Those of "toy-large" have a number that is too large for "toy". The first TEST are for testing,
+    the next TRAIN of "toy" for reinforcement learning; pretraining draws from all but the first.
     """
-    sums = torch.tensor(list(itertools.product(range(1, LARGEST + 1), repeat=TERMS)))
+    sums = torch.cartesian_prod(*[torch.arange(1, LARGEST[name] + 1)] * TERMS)
+    if name == "toy-large":
+        sums = sums[(sums > LARGEST["toy"]).any(dim=1)]
     return sums[torch.randperm(len(sums), generator=torch.Generator().manual_seed(0))]
 
 
-def rows(split: str) -> list[dict]:
-    """The "train" or "test" problems as question and answer, like the rows of a data set."""
-    chosen = all_problems()[:TEST] if split == "test" else all_problems()[TEST : TEST + TRAIN]
-    return [
-        {"question": "+".join(map(str, terms)) + "=", "answer": str(sum(terms))}
-        for terms in chosen.tolist()
-    ]
+@cache
+def pool(name: str) -> Tensor:
+    """The sums that pretraining draws from [number, TERMS]."""
+    return all_sums(name)[TEST:]
+
+
+def walks(count: int, generator: torch.Generator) -> Tensor:
+    """Random walks [count, GIVEN + ASKED] of numbers in 1 .. 40, int64."""
+    length = GIVEN + ASKED
+    first = torch.randint(length, 41 - length, (count, 1), generator=generator)
+    steps = 2 * torch.randint(2, (count, length - 1), generator=generator) - 1
+    return torch.cat([first, first + steps.cumsum(1)], dim=1)
+
+
+def rows(name: str, split: str) -> list[dict]:
+    """The "train" or "test" rows of "toy", "toy-large" (only "test") or "toy-walk", like a data set."""
+    if name in LARGEST:
+        chosen = all_sums(name)[:TEST] if split == "test" else all_sums(name)[TEST : TEST + TRAIN]
+        return [
+            {"question": "+".join(map(str, terms)) + "=", "answer": str(sum(terms))}
+            for terms in chosen.tolist()
+        ]
+    generator = torch.Generator().manual_seed(1)
+    right, found = walks(TEST, generator), []
+    for row, place in zip(right.tolist(), torch.randint(ASKED, (TEST,), generator=generator)):
+        options = [row[GIVEN:], row[GIVEN:]]
+        options[1] = [n + JUMP * (i >= place) for i, n in enumerate(options[1])]
+        question, *options = ("".join(f"{n} " for n in part) for part in (row[:GIVEN], *options))
+        found.append({"question": question + "=", "options": options, "answer": 0})
+    return found
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of whole words: `3`, `+5`, `=`, `17 ` (a total of the CoT), the stop phrase."""
-    numbers = [str(i) for i in range(TERMS * LARGEST + 1)]
+    largest = max(LARGEST.values())
+    numbers = [str(i) for i in range(TERMS * largest + 1)]
     words = ["<pad>", "<eos>", "<unk>", "=", "The final answer is:", " \\boxed{", "}"]
-    words += [f"+{i}" for i in range(1, LARGEST + 1)] + numbers + [n + " " for n in numbers]
+    words += [f"+{i}" for i in range(1, largest + 1)] + numbers + [n + " " for n in numbers]
     split = Regex(r"The final answer is:| \\boxed\{|[0-9]+ (?!\\)|[+]?[0-9]+|.")
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(split, behavior="isolated")
@@ -74,36 +108,64 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def pretraining_batch(
+def sum_texts(
     terms: Tensor, vocab: dict[str, int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Token ids [BATCH, L] of sums with CoTs and answers, and labels: -100 on question and padding.
+    """Token ids [N, L] of sums with CoTs and answers, and labels: -100 on question and padding.
 
-    terms [BATCH, TERMS]. A CoT breaks off after a total with the probabilities above; the answer is
-    then that total. L = TERMS + 1 tokens of question, TERMS - 1 totals, 5 tokens of answer.
+    terms [N, n]. A CoT breaks off after a total with the probabilities above; the answer is then
+    that total. L = n + 1 tokens of question, n - 1 totals, 5 tokens of answer.
     """
-    totals = terms.cumsum(1)[:, 1:]  # [BATCH, TERMS-1]
+    N, n = terms.shape
+    totals = terms.cumsum(1)[:, 1:]  # [N, n-1]
     chance = torch.where(totals % 5 == 0, STOP_ROUND, STOP_OTHER)
     stop = torch.rand(totals.shape, generator=generator) < chance
     stop[:, -1] = True
-    last = stop.int().argmax(1, keepdim=True)  # [BATCH, 1] where the CoT ends
+    last = stop.int().argmax(1, keepdim=True)  # [N, 1] where the CoT ends
     ending = torch.cat(
         [
-            torch.tensor([[vocab["The final answer is:"], vocab[" \\boxed{"]]]).expand(len(terms), 2),
+            torch.tensor([[vocab["The final answer is:"], vocab[" \\boxed{"]]]).expand(N, 2),
             vocab["0"] + totals.gather(1, last),
-            torch.tensor([[vocab["}"], vocab["<eos>"]]]).expand(len(terms), 2),
+            torch.tensor([[vocab["}"], vocab["<eos>"]]]).expand(N, 2),
         ],
         dim=1,
-    )  # [BATCH, 5]
-    column = torch.arange(TERMS - 1 + 5)[None]  # of the part behind the question
+    )  # [N, 5]
+    column = torch.arange(n - 1 + 5)[None]  # of the part behind the question
     thought = torch.cat([vocab["0 "] + totals, torch.zeros_like(ending)], dim=1)
     written = ending.gather(1, (column - last - 1).clamp(0, 4))
     reply = torch.where(column <= last, thought, written)
     reply = torch.where(column <= last + 5, reply, vocab["<pad>"])
-    equals = torch.full((len(terms), 1), vocab["="])
+    equals = torch.full((N, 1), vocab["="])
     question = torch.cat([vocab["0"] + terms[:, :1], vocab["+1"] - 1 + terms[:, 1:], equals], dim=1)
     labels = torch.where(column <= last + 5, reply, -100)
     return torch.cat([question, reply], 1), torch.cat([torch.full_like(question, -100), labels], 1)
+
+
+def walk_texts(
+    count: int, vocab: dict[str, int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Token ids [count, L] of random walks, and labels: -100 on the question."""
+    numbers = vocab["0 "] + walks(count, generator)
+    question = torch.cat([numbers[:, :GIVEN], torch.full((count, 1), vocab["="])], dim=1)
+    ids = torch.cat([question, numbers[:, GIVEN:]], dim=1)
+    return ids, torch.cat([torch.full_like(question, -100), numbers[:, GIVEN:]], dim=1)
+
+
+def pretraining_batch(vocab: dict[str, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Token ids [N, L] of texts of all kinds, as many as BATCH says, and labels: -100 on padding."""
+    kinds = []
+    for name in LARGEST:
+        sums = pool(name)
+        chosen = torch.randint(len(sums), (BATCH[name],), generator=generator)
+        kinds.append(sum_texts(sums[chosen], vocab, generator))
+    kinds.append(walk_texts(BATCH["toy-walk"], vocab, generator))
+    longest = max(ids.shape[1] for ids, _ in kinds)
+    pad = nn.functional.pad
+    ids = torch.cat(
+        [pad(ids, (0, longest - ids.shape[1]), value=vocab["<pad>"]) for ids, _ in kinds]
+    )
+    labels = [pad(labels, (0, longest - labels.shape[1]), value=-100) for _, labels in kinds]
+    return ids, torch.cat(labels)
 
 
 def pretrain(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -111,7 +173,7 @@ def pretrain(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     tokenizer = make_tokenizer()
-    vocab, pool = tokenizer.get_vocab(), all_problems()[TEST:]
+    vocab = tokenizer.get_vocab()
     config = LlamaConfig(
         vocab_size=len(vocab),
         hidden_size=64,
@@ -133,10 +195,9 @@ def pretrain(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         optimizer, lambda i: min(1, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / STEPS))
     )
     for _ in tqdm(range(STEPS), desc="pretraining the toy"):
-        terms = pool[torch.randint(len(pool), (BATCH,), generator=generator)]
-        ids, labels = pretraining_batch(terms, vocab, generator)
+        ids, labels = pretraining_batch(vocab, generator)
         E = EMBEDDING_RMS * large
-        noise = NOISE * torch.rand(BATCH, 1, 1, generator=generator)  # one strength a sequence
+        noise = NOISE * torch.rand(len(ids), 1, 1, generator=generator)  # one strength a sequence
         eps = torch.randn(*ids.shape, E.shape[1], generator=generator)
         inputs = nn.functional.embedding(ids, E) + noise * E.detach().square().mean().sqrt() * eps
         logits = model(inputs_embeds=inputs, use_cache=False).logits

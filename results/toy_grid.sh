@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Run the toy grid, two runs at a time, and keep its outcome in results/toy: hard, fuzzy and soft
+# training with seeds 0, 1, 2 in six settings, and soft training with other noise (hard greedy only).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p runs/grid results/toy
+python softcot.py --eval-only --eval-settings hard_greedy --out-dir runs/grid-base  # pretrains once
+
+jobs() {
+    for seed in 0 1 2; do
+        for cot in soft hard fuzzy; do
+            echo "$cot-s$seed --cot $cot --seed $seed --eval-tasks toy toy-large toy-walk"
+        done
+        for sigma in 0.1 1 3; do
+            echo "soft-sigma$sigma-s$seed --seed $seed --sigma-scale $sigma --eval-settings hard_greedy"
+        done
+        for where in hidden logits topk-logits; do
+            echo "soft-$where-s$seed --seed $seed --noise-at $where --eval-settings hard_greedy"
+        done
+    done
+}
+jobs | xargs -P 2 -L 1 bash -c 'python softcot.py --threads 1 --eval-limit 256 --out-dir "runs/grid/$0" "$@" \
+    > "runs/grid/$0.log" 2>&1'
+
+for run in runs/grid/*/; do
+    mkdir -p "results/toy/$(basename "$run")"
+    cp "$run"/{config.json,eval.json,metrics.jsonl} "results/toy/$(basename "$run")"
+done
+python results/claims.py results/toy/* > results/claims.md
