@@ -934,7 +934,7 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
 
 
 def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch: int) -> dict:
-    """Add the gradient of -(1/N) sum_n A_n l_n to the parameters   (eqs 13-15); return statistics.
+    """Add the gradient of -(1/N) sum_n A_n l_n to the parameters (eqs 8, 13-15); return statistics.
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
     the whole rollout, so the gradient does not depend on micro_batch (tokens at a time). Rows with
@@ -1382,8 +1382,8 @@ def train(policy: Policy, config: Config, out: Path) -> None:
         done, best = load_state(out / "state.pt", saved, policy.model.device)
     else:
         done, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0, saved)
-    logs = [read_log(out / name, lambda row: row["step"] <= done) for name in LOGS]  # later: again
-    history = logs[0]  # metrics
+    # the metrics so far; lines of steps that will be done again go
+    history, _ = (read_log(out / name, lambda row: row["step"] <= done) for name in LOGS)
     every = max(1, config.steps // CHECKPOINTS)
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=config.cot)
     for step in bar:

@@ -1386,6 +1386,20 @@ def test_choices_are_evaluated_from_the_command_line(tiny_folder, tmp_path):
     assert record["problems"] == 4 and 0 <= record["accuracy"] <= 1 and record["nll"] > 0
 
 
+def test_the_readme_names_the_line_of_every_equation():
+    assert subprocess.run([sys.executable, HERE / ".ci" / "equations.py", "--check"]).returncode == 0
+
+
+def test_the_table_of_claims_follows_from_the_recorded_results(tmp_path):
+    for name in ("softcot.py", "toy_tasks.py"):
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copytree(HERE / "results", tmp_path / "results")
+    folders = sorted(map(str, (tmp_path / "results" / "toy").iterdir()))
+    command = [sys.executable, str(tmp_path / "results" / "claims.py"), *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == (HERE / "results" / "claims.md").read_text()
+
+
 @pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_a_notebook_runs_and_its_lessons_hold(path, tmp_path):
     for name in ("softcot.py", "toy_tasks.py"):

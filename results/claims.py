@@ -1,6 +1,6 @@
 """The paper's claims on the toy, one verdict each: python results/claims.py results/toy/*
 
-Prints Markdown. Every difference is that of means over seeds, with a 95 % bootstrap interval over the
+Prints Markdown, and draws results/toy.png. Every difference is that of means over seeds, with a 95 % bootstrap interval over the
 test problems (and seeds, drawn anew together: 2,000 draws). A claim of equality holds if the interval
 lies above -5 points, a claim of superiority if it lies above 0, and neither is shown otherwise.
 """
@@ -11,8 +11,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
-COTS, TRAINED = ("hard", "fuzzy", "soft"), "trained"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from softcot import COLORS
+
+COTS = ("hard", "fuzzy", "soft")
 SETTINGS = [f"{cot}_{how}" for cot in COTS for how in ("greedy", "sample")]
 
 
@@ -73,8 +78,29 @@ def scalar(grid: Grid, run: str, task: str, setting: str, key: str) -> np.ndarra
     return np.array([records[seed][key] for seed in sorted(records)])
 
 
+def draw(folders: list[str], path: Path) -> None:
+    """Success rate and CoT length over the steps of training: mean of the seeds, and their range."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = {"success": "success rate, sampled CoT", "cot_len": "CoT length (tokens)"}
+    for axes, (key, label) in zip(figure.subplots(1, 2), panels.items()):
+        for cot, style in zip(COTS, ("--", ":", "-")):
+            runs = [Path(f) for f in folders if Path(f).name.rsplit("-s", 1)[0] == cot]
+            lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
+            values = np.array([[json.loads(line)[key] for line in run] for run in lines])
+            smooth = np.array([np.convolve(v, np.ones(5) / 5, mode="valid") for v in values])
+            steps = np.arange(5, values.shape[1] + 1)
+            axes.plot(steps, smooth.mean(0), style, color=COLORS[cot])
+            axes.fill_between(steps, smooth.min(0), smooth.max(0), color=COLORS[cot], alpha=0.2, lw=0)
+            axes.annotate(f" {cot}", (steps[-1], smooth.mean(0)[-1]), color=COLORS[cot], va="center")
+        axes.set(xlabel="training step", ylabel=label, xlim=(0, 1.13 * steps[-1]))
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"The toy, {len(runs)} seeds: mean of five steps, band from lowest to highest seed")
+    figure.savefig(path, dpi=110)
+
+
 def main(folders: list[str]) -> None:
-    """Print the tables and the verdicts."""
+    """Print the tables and the verdicts, draw the figure."""
+    draw(folders, Path(__file__).parent / "toy.png")
     grid = Grid(folders)
     runs = ["base", *COTS]
     for task in ("toy", "toy-large"):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the toy grid, two runs at a time, and keep its outcome in results/toy: hard, fuzzy and soft
-# training with seeds 0, 1, 2 in six settings, and soft training with other noise (hard greedy only).
+# training with seeds 0, 1, 2 in six settings, and soft training with other noise and seeds 0, 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs/grid results/toy
@@ -11,7 +11,9 @@ jobs() {
         for cot in soft hard fuzzy; do
             echo "$cot-s$seed --cot $cot --seed $seed --eval-tasks toy toy-large toy-walk"
         done
-        for sigma in 0.1 1 3; do
+    done
+    for seed in 0 1; do
+        for sigma in 1 3; do
             echo "soft-sigma$sigma-s$seed --seed $seed --sigma-scale $sigma --eval-settings hard_greedy"
         done
         for where in hidden logits topk-logits; do
@@ -19,8 +21,8 @@ jobs() {
         done
     done
 }
-jobs | xargs -P 2 -L 1 bash -c 'python softcot.py --threads 1 --eval-limit 256 --out-dir "runs/grid/$0" "$@" \
-    > "runs/grid/$0.log" 2>&1'
+jobs | xargs -P 2 -L 1 bash -c \
+    'python softcot.py --threads 1 --out-dir "runs/grid/$0" "$@" > "runs/grid/$0.log" 2>&1'
 
 for run in runs/grid/*/; do
     mkdir -p "results/toy/$(basename "$run")"
