@@ -1163,22 +1163,22 @@ def plot_curves(out: Path, cot: str) -> None:
 
 
 def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
-    """pass_at_k.png from eval.json: pass@k of the sampled settings, before and after training."""
+    """pass_at_k.png from eval.json: pass@k of the sampled settings, bars: error over problems."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     rows = [row for row in json.loads((out / "eval.json").read_bytes()) if row["task"] == task]
-    latest = {(row["setting"], row["stage"]): row["k"] for row in rows if "k" in row}
+    latest = {(row["setting"], row["stage"]): row for row in rows if "k" in row}
     names = [n for n in SETTINGS if (n, "trained") in latest and not SETTINGS[n].deterministic]
     if not names:
         return
     for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
-        for stage, style, label, shift in (("base", "--", "base", -14), ("trained", "-", cot, 6)):
+        for stage, style, c in (("base", "--", COLORS["base"]), ("trained", "-", COLORS[cot])):
             if (name, stage) in latest:
-                ks, values = [int(k) for k in latest[name, stage]], [*latest[name, stage].values()]
-                axes.plot(ks, values, style, color=COLORS[label], marker="o", markersize=4)
-                middle = (ks[len(ks) // 2], values[len(ks) // 2])
-                text = label if label == "base" else f"{cot}-trained"
-                axes.annotate(text, middle, (4, shift), textcoords="offset points",
-                              color=COLORS[label], ha="left" if shift < 0 else "right")  # fmt: skip
+                row = latest[name, stage]
+                ks = [int(k) for k in row["k"]]
+                y, error = ([*row[key].values()] for key in ("k", "k_error"))
+                axes.errorbar(ks, y, error, fmt=style, color=c, marker="o", markersize=4, capsize=2)
+                text, at = ("base", len(ks) // 2) if stage == "base" else (f"{cot}-trained", 0)
+                axes.annotate(text, (ks[at], y[at]), (6, -12), textcoords="offset points", color=c)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set(title=name, xlabel="k", ylim=(0, 1.05))
@@ -1382,7 +1382,6 @@ def train(policy: Policy, config: Config, out: Path) -> None:
         done, best = load_state(out / "state.pt", saved, policy.model.device)
     else:
         done, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0, saved)
-    # the metrics so far; lines of steps that will be done again go
     history, _ = (read_log(out / name, lambda row: row["step"] <= done) for name in LOGS)
     every = max(1, config.steps // CHECKPOINTS)
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=config.cot)
