@@ -83,7 +83,7 @@ def draw(folders: list[str], path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = {"success": "success rate, sampled CoT", "cot_len": "CoT length (tokens)"}
     for axes, (key, label) in zip(figure.subplots(1, 2), panels.items()):
-        for cot, style in zip(COTS, ("--", ":", "-")):
+        for cot, style, shift in zip(COTS, ("--", ":", "-"), (-9, 2, 2)):  # shift: of labels, points
             runs = [Path(f) for f in folders if Path(f).name.rsplit("-s", 1)[0] == cot]
             lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
             values = np.array([[json.loads(line)[key] for line in run] for run in lines])
@@ -91,8 +91,10 @@ def draw(folders: list[str], path: Path) -> None:
             steps = np.arange(5, values.shape[1] + 1)
             axes.plot(steps, smooth.mean(0), style, color=COLORS[cot])
             axes.fill_between(steps, smooth.min(0), smooth.max(0), color=COLORS[cot], alpha=0.2, lw=0)
-            axes.annotate(f" {cot}", (steps[-1], smooth.mean(0)[-1]), color=COLORS[cot], va="center")
+            end = (steps[-1], smooth.mean(0)[-1])
+            axes.annotate(cot, end, (5, shift), textcoords="offset points", color=COLORS[cot])
         axes.set(xlabel="training step", ylabel=label, xlim=(0, 1.13 * steps[-1]))
+        axes.margins(y=0.12)
         axes.grid(alpha=0.3)
     figure.suptitle(f"The toy, {len(runs)} seeds: mean of five steps, band from lowest to highest seed")
     figure.savefig(path, dpi=110)
