@@ -1356,11 +1356,11 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
                saved: dict) -> float:
     """Validate greedily, keep the best model so far in out/model, save the state; the new best.
 
-    held_out: validation problems; if there are none, the latest model counts as the best.
+    Of equally good ones the last is kept. held_out: validation problems; if none, the last is best.
     """
     greedy = settings_of(config)[f"{config.cot}_greedy"]
     score = evaluate(policy, held_out, greedy, config, 1)["k"]["1"] if held_out else float(step)
-    if score > best or not (out / "model").exists():
+    if score >= best or not (out / "model").exists():
         best = score
         with replacing(out / "model") as folder:  # an ordinary one, for from_pretrained()
             policy.model.save_pretrained(folder)
