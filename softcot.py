@@ -1420,8 +1420,8 @@ def parse(arguments: list[str]) -> Config:
     return config
 
 
-def begin(config: Config, out: Path) -> None:
-    """Make --out-dir: for a new run without what an older one left, for a resumed one as it was."""
+def prepare(config: Config, out: Path) -> None:
+    """Make --out-dir; a run that is resumed must be there, with the same settings."""
     there, new = out / "config.json", dataclasses.asdict(config) | {"resume": False}
     if config.resume:
         require(there.is_file(), f"--resume: {out} holds no run; leave --resume out")
@@ -1430,11 +1430,6 @@ def begin(config: Config, out: Path) -> None:
         require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
     with explained(OSError, f"--out-dir {out}: can't be made"):
         out.mkdir(parents=True, exist_ok=True)
-    if not config.resume and not config.eval_only:
-        for name in (*LOGS, "eval.json", "state.pt"):
-            (out / name).unlink(missing_ok=True)
-    if not config.eval_only or not there.exists():
-        write_json(there, new)
 
 
 def run(config: Config) -> str:
@@ -1448,11 +1443,16 @@ def run(config: Config) -> str:
     print(filled_in)
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.device == "cpu")  # same seed, same bits
-    out, source = Path(config.out_dir), config.model or toy_tasks.base_model(Path("runs/toy-base"))
-    policy = load_policy(config, str(source))
+    out = Path(config.out_dir)
+    prepare(config, out)
+    policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
     if config.bench:
         return bench(policy, config)
-    begin(config, out)
+    if not config.resume and not config.eval_only:
+        for name in (*LOGS, "eval.json", "state.pt"):
+            (out / name).unlink(missing_ok=True)  # of an older run
+    if not config.eval_only or not (out / "config.json").exists():
+        write_json(out / "config.json", dataclasses.asdict(config) | {"resume": False})
     if config.eval_only:
         mine = config.model and Path(config.model).resolve() == (out / "model").resolve()
         evaluate_all(policy, config, "trained" if mine else "base", out / "eval.json")

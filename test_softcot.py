@@ -960,7 +960,11 @@ def tiny_folder(tmp_path_factory):
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, eos_token_id=1, pad_token_id=0, initializer_range=0.5,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():  # some answers close their box and some CoTs stop, so rewards differ
+        for word, factor in (("}", 4), ("The final answer is:", 1.5)):
+            model.lm_head.weight[tokenizer.get_vocab()[word]] *= factor
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
