@@ -1305,7 +1305,6 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     schedule.step()
     optimizer.zero_grad()
     train_gib, trained = peak_gib(policy.model.device), time.perf_counter()
-
     tokens = r.cot.mask.sum().item() + r.answer.mask.sum().item()
     metrics = {
         "step": step + 1, "reward": rewards.mean().item(),
@@ -1481,8 +1480,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     transformers.logging.disable_progress_bar()
     arguments = sys.argv[1:] if arguments is None else arguments
     SIGNALS.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):  # note the first, let a second one kill at once
-        signal.signal(number, lambda n, _: (SIGNALS.append(n), signal.signal(n, signal.SIG_DFL)))
+    note = lambda n, _: (SIGNALS.append(n), signal.signal(n, signal.SIG_DFL))  # a second one kills
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         config = parse(arguments)
         print(run(config))
@@ -1492,6 +1491,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     except Stopped:
         again = [] if config.resume or config.eval_only else ["--resume"]
         print("Stopped. To go on:", shlex.join(["python", "softcot.py", *arguments, *again]))
+    finally:
+        list(map(signal.signal, before, before.values()))
     return 0
 
 

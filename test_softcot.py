@@ -1486,7 +1486,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tiny_folder, tmp
 def test_a_signal_ends_a_run_after_its_step_with_the_command_to_go_on(
     number, tiny_folder, tmp_path, capsys
 ):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, cut, before = tmp_path / "whole", tmp_path / "cut", signal.getsignal(number)
     assert tiny_run(tiny_folder, whole, "--steps", "50") == 0
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
@@ -1499,6 +1499,7 @@ def test_a_signal_ends_a_run_after_its_step_with_the_command_to_go_on(
 
         patch.setattr(softcot, "rollout", rollout)
         assert tiny_run(tiny_folder, cut, "--steps", "50") == 0
+    assert signal.getsignal(number) is before  # as the caller had it
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("Stopped. To go on: python softcot.py --model ")
     assert last.endswith(" --resume")
