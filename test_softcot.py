@@ -1,6 +1,6 @@
 """Tests of softcot: every one compares with an oracle (numpy, float64, brute force, a plain loop).
 
-    python -m pytest                 # about 4 minutes on 2 CPU cores, no network
+    python -m pytest                 # 5 to 9 minutes on 2 CPU cores, no network
 """
 
 import contextlib
@@ -1536,7 +1536,7 @@ def test_a_full_disk_is_one_line_and_the_last_saved_state_stays(tiny_folder, tmp
         break_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             tiny_run(tiny_folder, full, "--steps", "6", "--threads", "1")
-    saved, model = (full / "state.pt").read_bytes(), (full / "model/model.safetensors").read_bytes()
+    saved = (full / "state.pt").read_bytes()
     command = command_of(tiny_folder, full, "--steps", "6", "--resume")
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(saved) // 2},) * 2)"  # bytes a file
     program = f"import resource, softcot; {limit}; raise SystemExit(softcot.main({command[2:]}))"
@@ -1546,7 +1546,7 @@ def test_a_full_disk_is_one_line_and_the_last_saved_state_stays(tiny_folder, tmp
     assert line.startswith("softcot.py: error: ") and "state.pt: can't be written" in line
     assert "Traceback" not in done.stderr
     assert (full / "state.pt").read_bytes() == saved
-    assert (full / "model/model.safetensors").read_bytes() == model
+    transformers.AutoModelForCausalLM.from_pretrained(full / "model")  # whole, if of a later step
     assert tiny_run(tiny_folder, full, "--steps", "6", "--threads", "1", "--resume") == 0
     assert_same_outcome(whole, full)
 
