@@ -1,6 +1,6 @@
 """Tests of softcot: every one compares with an oracle (numpy, float64, brute force, a plain loop).
 
-    python -m pytest                 # 5 to 9 minutes on 2 CPU cores, no network
+    python -m pytest                 # 8 to 9 minutes on 2 CPU cores, no network
 """
 
 import contextlib
