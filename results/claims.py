@@ -83,7 +83,7 @@ def draw(folders: list[str], path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = {"success": "success rate, sampled CoT", "cot_len": "CoT length (tokens)"}
     for axes, (key, label) in zip(figure.subplots(1, 2), panels.items()):
-        for cot, style, shift in zip(COTS, ("--", ":", "-"), (-9, -4, 4)):  # shift: of labels, points
+        for cot, style, shift in zip(COTS, ("--", ":", "-"), (-12, 0, 6)):  # shift: of labels, points
             runs = [Path(f) for f in folders if Path(f).name.rsplit("-s", 1)[0] == cot]
             lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
             values = np.array([[json.loads(line)[key] for line in run] for run in lines])
