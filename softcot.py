@@ -24,8 +24,8 @@ logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
 Where the paper is silent or ambiguous, and where this differs from it: see the README.
 """
 
-import copy, csv, dataclasses, hashlib, inspect, itertools, json, math, os, re, select, shutil
-import shlex, signal, subprocess, sys, time, timeit
+import copy, dataclasses, datetime, hashlib, inspect, itertools, json, math, os, re, select
+import shlex, shutil, signal, subprocess, sys, tempfile, time, timeit, types
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -35,20 +35,24 @@ from typing import Callable, Literal, Optional
 import numpy as np
 import torch
 import transformers
-from matplotlib.figure import Figure
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
+from torch.distributed import fsdp
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import toy_tasks
+from results.show import COLORS, plot_curves, plot_pass_at_k, report  # noqa: F401
 
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
 CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
+TOP = 5  # logits that --noise-at topk-logits changes
+WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory
 LOGS = ("metrics.jsonl", "samples.jsonl")  # lines of steps, in --out-dir
 CHECKPOINTS = 20  # validations and saved states in a run, at least, if it has as many steps
 MAY_CHANGE = "eval_tasks eval_settings eval_k micro_batch gradient_checkpointing threads device"
@@ -62,7 +66,12 @@ class Stopped(Exception):
     """SIGINT or SIGTERM came, and what had been done by then is saved."""
 
 
-SIGNALS: list[int] = []  # SIGINT and SIGTERM that came: heard after the step or batch
+SIGNALS: list[int] = []  # SIGINT and SIGTERM that came
+
+
+def stopping() -> bool:
+    """Whether a signal came; asked after each step of training and batch of evaluation."""
+    return bool(SIGNALS)
 
 
 # ---- 1. Settings: three ways to think, six ways to run a model ----------------------------------
@@ -74,7 +83,6 @@ class Setting:
     tau: float  # temperature of p = softmax(logits / tau); 0 means arg-max
     noise: float  # sigma in units of the root-mean-square of what it is added to; 0 means none
     noise_at: str = "embedding"  # what it is added to: see noised()
-    noise_top: int = 5  # of how many logits, if noise_at is topk-logits
 
     @property
     def deterministic(self) -> bool:
@@ -96,7 +104,7 @@ def settings_of(config: "Config") -> dict[str, Setting]:
     """The table above; --tau, --sigma-scale and --noise-at change the rows of the mode --cot."""
     table = dict(SETTINGS)
     table[f"{config.cot}_sample"] = Setting(
-        config.cot, config.tau, config.sigma_scale or 0.0, config.noise_at, config.noise_top)
+        config.cot, config.tau, config.sigma_scale or 0.0, config.noise_at)
     if config.cot != "hard":
         table[f"{config.cot}_greedy"] = Setting(config.cot, config.tau, 0.0)
     return table
@@ -145,7 +153,6 @@ class Config:
     sigma_scale: Optional[float] = option(None, "noise, in units of the RMS of what it is added to")
     noise_at: Literal["embedding", "hidden", "logits", "topk-logits"] = option(
         "embedding", "what the noise is added to; only embedding is known to learn well")
-    noise_top: int = option(5, "how many of the highest logits --noise-at topk-logits changes")
     seed: int = option(0, "seed of data order, noise and sampling")
     out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-COT-sSEED)")
     data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
@@ -165,25 +172,21 @@ class Config:
     threads: Optional[int] = option(None, "CPU threads (default: PyTorch's)")
 
     def __post_init__(self):
-        least = dict.fromkeys("steps prompts max_cot max_answer eval_k eval_max_cot".split(), 1)
-        least |= {"micro_batch": 1, "threads": 1, "noise_top": 1, "samples": 2}
-        least |= {"warmup": 0, "seed": 0, "eval_limit": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            ok = value is None or value >= low
-            require(ok, f"{flag(name)} {value} is too small: give {low} or more")
-        for name in ("lr", "tau", "sigma_scale"):
-            value = getattr(self, name)
-            ok = value is None or (value > 0 and math.isfinite(value))
-            require(ok, f"{flag(name)} {value} is not usable: give a positive number")
-        for name, where in [(self.task, "--task"), *((t, "--eval-tasks") for t in self.eval_tasks)]:
-            names = [*TASKS, *(CHOICES if where == "--eval-tasks" else ())]
-            choices = f"choose from {', '.join(names)}, or give a .jsonl file"
-            known = name in names or name.endswith(".jsonl")
-            require(known, f"{where} {name} is unknown: {choices}")
-        for name in self.eval_settings:
-            choices = f"choose from {', '.join(SETTINGS)}"
-            require(name in SETTINGS, f"--eval-settings {name} is unknown: {choices}")
+        least = {"samples": 2, "warmup": 0, "seed": 0, "eval_limit": 0}
+        for name, value in vars(self).items():
+            if type(value) is int:
+                low = least.get(name, 1)
+                require(value >= low, f"{flag(name)} {value} is too small: give {low} or more")
+            if type(value) is float:
+                ok = value > 0 and math.isfinite(value)
+                require(ok, f"{flag(name)} {value} is not usable: give a positive number")
+        tasks = [*TASKS, "FILE.jsonl"]
+        for where, names, choices in [("--task", [self.task], tasks),
+                                      ("--eval-tasks", self.eval_tasks, [*tasks, *CHOICES]),
+                                      ("--eval-settings", self.eval_settings, [*SETTINGS])]:
+            for name in names:
+                ok = name in choices or name.endswith(".jsonl") and "FILE.jsonl" in choices
+                require(ok, f"{where} {name} is unknown: choose from {', '.join(choices)}")
         mistakes = {  # what to say: whether it is so
             f"--task {self.task} has no training problems: add --eval-only, or name another task":
                 not self.eval_only and not task_named(self.task).train,
@@ -224,9 +227,8 @@ def filled(config: Config) -> tuple[Config, str]:
         "threads": torch.get_num_threads(),
     }
     new = {k: v for k, v in defaults.items() if getattr(config, k) in (None, []) and v is not None}
-    words = {k: " ".join(v) if isinstance(v, list) else v for k, v in new.items()}
-    text = " ".join(f"{flag(k)} {v}" for k, v in words.items())
-    return dataclasses.replace(config, **new), f"filled in: {text}"
+    words = (f"{flag(k)} {' '.join(v) if isinstance(v, list) else v}" for k, v in new.items())
+    return dataclasses.replace(config, **new), f"filled in: {' '.join(words)}"
 
 
 # ---- 3. Tasks, answers, rewards -----------------------------------------------------------------
@@ -308,9 +310,7 @@ def judge() -> None:
 class Grader:
     """Math-Verify in a process that is killed when it takes too long: no answer can hang a run."""
 
-    def __init__(self, limit: float = 5.0):
-        """limit: seconds that one comparison may take."""
-        self.limit, self.timeouts, self.process = limit, 0, None
+    limit, timeouts, process = 5.0, 0, None  # limit: seconds that one comparison may take
 
     def equal(self, answer: str, gold: str) -> bool:
         """Whether two LaTeX answers are equal; False, and counted, if that takes too long."""
@@ -321,8 +321,7 @@ class Grader:
             command = [sys.executable, "-c", inspect.getsource(judge) + "\njudge()"]
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             self.process = subprocess.Popen(command, text=True, **pipes)
-            ready = self.process.stdout.readline()
-            require(ready, "the grader does not start: pip install -r requirements.txt")
+            require(self.process.stdout.readline(), "no grader: pip install -r requirements.txt")
         self.process.stdin.write(json.dumps([answer, gold]) + "\n")
         self.process.stdin.flush()
         in_time = select.select([self.process.stdout], [], [], self.limit)[0]
@@ -447,8 +446,7 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     """The "train", "validation" or "test" problems of a task; says how many, and how many it skips.
 
     Validation problems (and test problems, where the task has no test split) are held out of the
-    training split, always the same ones. Repeated questions and rows without an answer are skipped.
-    """
+    training split, always the same. Repeated questions and rows without an answer are skipped."""
     task = task_named(name)
     whole = "test" if split == "test" and task.test else "train"
     rows, problems, seen, answerless = read_rows(config, name, whole), [], set(), 0
@@ -456,9 +454,9 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
         where = f"{name} {whole}: row {i + 1}"
         question = row.get("problem", row.get("question"))
         require(isinstance(question, str), f"{where} has no text in a field problem or question")
-        with explained((KeyError, TypeError, AttributeError), f"{where} has no readable answer"):
+        errors = (KeyError, TypeError, AttributeError, UnicodeError)
+        with explained(errors, f"{where} has no readable answer or text"):
             gold = task.gold(row)
-        with explained(UnicodeError, f"{where} holds what is no text"):
             (question + gold).encode()
         if gold and question not in seen:
             prompt = task.prompt.replace("QUESTION", question)
@@ -494,8 +492,7 @@ class Policy:
     def embeddings(self) -> Tensor:
         """E [V, D], with gradient: the embeddings as the model computes them from token ids.
 
-        Usually the weight itself; a subclass of nn.Embedding may scale it (Gemma), so call that.
-        """
+        Usually the weight itself; a subclass of nn.Embedding may scale it (Gemma), so call that."""
         embed = self.model.get_input_embeddings()
         if type(embed) is nn.Embedding:
             return embed.weight
@@ -586,8 +583,7 @@ def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Pro
 def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
     """h = p E with p = softmax(logits / tau): the mean embedding under p   (eqs 3, 5).
 
-    logits [..., V], E [V', D] with V' >= V (padded vocabularies) -> [..., D]; with gradient.
-    """
+    logits [..., V], E [V', D] with V' >= V (padded vocabularies) -> [..., D]; with gradient."""
     p = torch.softmax(logits.float() / tau, dim=-1)
     return (p.to(E.dtype) @ E[: p.shape[-1]]).to(E.dtype)  # autocast would leave bf16
 
@@ -595,8 +591,7 @@ def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
 def gaussian_logp(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
     """log N(x; mean, sigma^2 I) less its constant: -||x - mean||^2 / (2 sigma^2)   (eq 10).
 
-    x, mean [..., D], the sample x held constant -> [...] in nats.
-    """
+    x, mean [..., D], the sample x held constant -> [...] in nats."""
     return -(x.detach().float() - mean.float()).square().sum(-1) / (2 * sigma**2)
 
 
@@ -616,8 +611,7 @@ def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
     """x ~ softmax(logits / tau) by inverting its distribution function at u   (eq 4).
 
     logits [N, V], u [N] uniform in [0, 1) -> ids [N]; tau = 0 takes the arg-max. One number a row
-    (rather than V, as torch.multinomial draws) lets each row own its random stream.
-    """
+    (rather than V, as torch.multinomial draws) lets each row own its random stream."""
     if tau == 0:
         return logits.argmax(-1)
     cdf = torch.softmax(logits.float() / tau, dim=-1).cumsum(-1)
@@ -630,10 +624,9 @@ def noised(hidden: Tensor, logits: Tensor, setting: Setting, E: Tensor, top=None
 
     The paper's method is "embedding", h = p E [..., D]. Its ablations: "hidden", what the head
     reads [..., H]; "logits" [..., V]; "topk-logits", those at the indices top [..., k], by default
-    the highest ones.
-    """
+    the highest ones."""
     if setting.noise_at == "topk-logits":
-        top = logits.topk(setting.noise_top).indices if top is None else top
+        top = logits.topk(TOP).indices if top is None else top
         return logits.gather(-1, top), top
     if setting.noise_at == "embedding":
         return mixture(logits, setting.tau, E), None
@@ -657,8 +650,7 @@ def next_input(policy: Policy, hidden, setting: Setting, E, sigma: float, eps, u
     """The next CoT input, made from the last hidden state.
 
     hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6).
-    hidden [N, H], E [V, D], eps [N, K] normal (None if sigma is 0), u [N] in [0, 1).
-    """
+    hidden [N, H], E [V, D], eps [N, K] normal (None if sigma is 0), u [N] in [0, 1)."""
     logits = policy.head(hidden)  # [N, V]
     none = torch.zeros(len(logits), device=logits.device)
     if setting.cot == "hard":
@@ -686,13 +678,10 @@ def row_seed(*labels: int) -> int:
 def draw(seeds: list[int], T: int, A: int, K: int, device) -> tuple[Tensor, Tensor]:
     """Every random number of a rollout: u [N, T+A] uniform, eps [N, T, K] normal (K may be 0).
 
-    Row n depends on seeds[n] alone: neither its neighbours nor the batch size can change it.
-    """
-    uniform, normal = [], []
-    for seed in seeds:
-        generator = torch.Generator(device).manual_seed(seed)
-        uniform.append(torch.rand(T + A, generator=generator, device=device))
-        normal.append(torch.randn(T, K, generator=generator, device=device))
+    Row n depends on seeds[n] alone: neither its neighbours nor the batch size can change it."""
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    uniform = [torch.rand(T + A, generator=g, device=device) for g in generators]
+    normal = [torch.randn(T, K, generator=g, device=device) for g in generators]
     return torch.stack(uniform), torch.stack(normal)
 
 
@@ -717,8 +706,7 @@ class Rollout:
 def rows_of(x, index: Tensor):
     """The rows that index [M] selects of a tensor, a list, or every field of a Part or Rollout.
 
-    The columns of a Part end where the longest of these rows does.
-    """
+    The columns of a Part end where the longest of these rows does."""
     if isinstance(x, (Part, Rollout)):
         fields = {k: rows_of(v, index) for k, v in vars(x).items()}
         if isinstance(x, Part):
@@ -732,10 +720,9 @@ def rows_of(x, index: Tensor):
 
 
 class Decoder:
-    """Runs the model over the columns of a batch as they come, keeping keys and values."""
+    """Runs the model over the columns of a batch as they come, keeping their keys and values."""
 
     def __init__(self, policy: Policy):
-        """Start with an empty cache."""
         self.policy = policy
         self.cache = transformers.DynamicCache(config=policy.model.config)
         self.mask = None  # [N, columns so far]
@@ -743,8 +730,7 @@ class Decoder:
     def feed(self, mask: Tensor, **inputs: Tensor) -> Tensor:
         """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; hidden states [N, C, H].
 
-        mask [N, C] is True on real tokens; only those are attended to and counted as positions.
-        """
+        mask [N, C] is True on real tokens; only those are attended to and counted as positions."""
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
         positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)  # among the row's real tokens
         out = self.policy.model.base_model(
@@ -789,11 +775,11 @@ def rollout(policy: Policy, prompts: list[str], seeds: list[int], setting: Setti
             max_answer: int, answer_tau: float) -> Rollout:
     """Let the policy think about each prompt and answer it; no gradient is recorded.
 
-    prompts: B texts; seeds: N = B*G numbers, the G of one prompt together. answer_tau: temperature
-    of the answer (1 in training, 0 in evaluation). Returns N rows, as long as the longest of them.
-    """
-    G = len(seeds) // len(prompts)
-    ids, mask = policy.tokenize(prompts)  # [B, P]
+    prompts, seeds: N of each; a prompt that comes several times is read once. answer_tau:
+    temperature of the answer (1 in training, 0 in evaluation). Returns N rows, as long as the
+    longest of them."""
+    different = list(dict.fromkeys(prompts))  # B texts
+    ids, mask = policy.tokenize(different)  # [B, P]
     E = policy.embeddings()  # [V, D]
     with policy.arithmetic():
         decoder = Decoder(policy)
@@ -804,7 +790,7 @@ def rollout(policy: Policy, prompts: list[str], seeds: list[int], setting: Setti
             unit = E if setting.noise_at == "embedding" else quantity
             sigma, K = setting.noise * unit.float().square().mean().sqrt().item(), quantity.shape[1]
         u, eps = draw(seeds, max_cot, max_answer, K, ids.device)
-        which = torch.arange(len(ids), device=ids.device).repeat_interleave(G)  # [N] prompts
+        which = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
         ids, mask, hidden, decoder = ids[which], mask[which], hidden[which], decoder.rows(which)
         noise, done = (E, sigma, eps), lambda text: STOP.strip() in text
         cot, stopped, parts = generate(decoder, hidden, setting, *noise, u[:, :max_cot], done)
@@ -826,13 +812,12 @@ def generate(decoder, hidden, setting, E, sigma, eps, u, done) -> tuple[Part, li
 
     hidden [N, H] of the column before, eps [N, T, K], u [N, T]. Returns the columns, which rows
     were done, and what joined() takes. Finished rows idle, their further columns masked out, until
-    they are half of the batch, and then leave it.
-    """
+    they are half of the batch, and then leave it."""
     policy, (N, T) = decoder.policy, u.shape
     here = torch.arange(N, device=u.device)  # [M] the rows in the batch
     alive = torch.ones_like(here, dtype=torch.bool)  # [M]
     texts, finished, part, left = [""] * N, [False] * N, {}, []
-    can_leave = all(type(layer) is DynamicLayer for layer in decoder.cache.layers)
+    can_leave = all(type(x) is transformers.cache_utils.DynamicLayer for x in decoder.cache.layers)
     for t in range(T):
         noise = eps[here, t] if sigma else None
         column = next_input(policy, hidden, setting, E, sigma, noise, u[here, t])
@@ -867,19 +852,18 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
 
     One pass over the stored inputs; the noisy ht_t are constants, the means h_t are recomputed from
     them (eqs 9, 10). Positions outside the masks are 0; prompt, prefill and pads have no entry.
-    Each different prompt runs once, and its samples attend to a copy of its keys and values.
-    """
+    Each different prompt runs once, and its samples attend to a copy of its keys and values."""
     embed = policy.model.get_input_embeddings()
     mask = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
     prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
     prompts, which = prompts.unique(dim=0, return_inverse=True)  # [B, P] different ones, [N]
     P, T, F, A = (x.shape[1] for x in (prompts, r.cot.ids, r.prefill_ids, r.answer.ids))
-    ids = [prompts.clamp(min=0), r.prefill_ids, r.answer.ids]
-    ids += [r.cot.ids] if r.cot.x is None else []
-    looked_up = embed(torch.cat([x.flatten() for x in ids]))  # at once: one gradient as large as E
-    parts = looked_up.split([x.numel() for x in ids])
-    prompt, prefill, answer, *cot = (v.unflatten(0, x.shape) for v, x in zip(parts, ids))
-    rest = torch.cat([cot[0] if cot else r.cot.x, prefill, answer], dim=1)  # [N, T+F+A, D]
+    ids = torch.cat([r.cot.ids, r.prefill_ids, r.answer.ids], dim=1)  # [N, T+F+A]
+    both = embed(torch.cat([prompts.clamp(min=0).flatten(), ids.flatten()]))  # one gradient of E
+    prompt = both[: prompts.numel()].unflatten(0, prompts.shape)  # [B, P, D]
+    rest = both[prompts.numel() :].unflatten(0, ids.shape)  # [N, T+F+A, D]
+    if r.cot.x is not None:
+        rest = torch.cat([r.cot.x, rest[:, T:]], dim=1)
 
     def logp_of(part: Part, setting: Setting, hidden: Tensor) -> Tensor:
         """log pi of a phase whose positions follow on hidden [N, T, H]: [N, T]."""
@@ -917,8 +901,7 @@ def in_chunks(f: Callable, V: int, mask: Tensor, *tensors: Optional[Tensor]) -> 
 
     What f makes (logits: V numbers a position, the largest tensors of all) exists for one chunk
     only, and is made again in the backward pass, where "reentrant" adds each chunk's gradient to
-    the weights' at once instead of summing them beside it. tensors: [N, T, ...], or None.
-    """
+    the weights' at once instead of summing them beside it. tensors: [N, T, ...], or None."""
     size = max(1, CHUNK // V)
     count = int(mask.sum())
     parts = [[None] * (count + 1) if t is None else t[mask].split(size) for t in tensors]
@@ -933,20 +916,27 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(dim=1, keepdim=True)) * G / (G - 1)
 
 
+def micro_batches(r: Rollout, advantages: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Row numbers [M] and their advantages [M] in parts of at most so many tokens.
+
+    Rows with A_n = 0 add nothing to the gradient and are left out."""
+    longest = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
+    parts = advantages.nonzero().flatten().split(max(1, tokens // longest))
+    return [(index, advantages[index]) for index in parts if len(index)]
+
+
 def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch: int) -> dict:
     """Add the gradient of -(1/N) sum_n A_n l_n to the parameters (eqs 8, 13-15); return statistics.
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
-    the whole rollout, so the gradient does not depend on micro_batch (tokens at a time). Rows with
-    A_n = 0 add nothing and are skipped. loss: the sum over all rows; logp_gap: the largest gap of a
-    log-probability here and in the rollout (0 but for rounding).
-    """
-    N, loss, gaps, used = len(advantages), 0.0, [0.0], advantages.nonzero().flatten()
-    longest = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
-    for index in used.split(max(1, micro_batch // longest)) if len(used) else ():
+    the whole rollout, so the gradient does not depend on micro_batch (tokens at a time). loss: the
+    sum over all rows; logp_gap: the largest gap of a log-probability here and in the rollout (0 but
+    for rounding)."""
+    loss, gaps = 0.0, [0.0]
+    for index, A in micro_batches(r, advantages, micro_batch):
         part = rows_of(r, index)
         cot, answer = log_probs(policy, part)  # [M, T], [M, A]
-        part_loss = -(advantages[index] * (cot.sum(1) + answer.sum(1))).sum() / N
+        part_loss = -(A * (cot.sum(1) + answer.sum(1))).sum() / len(advantages)
         part_loss.backward()
         loss += part_loss.item()
         gap = torch.cat([cot - part.cot.logp, answer - part.answer.logp], dim=1).detach()
@@ -958,8 +948,7 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch:
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c,k)/C(n,k).
 
-    ValueError if k > n: nothing unbiased can be said then.
-    """
+    ValueError if k > n: nothing unbiased can be said then."""
     if not 1 <= k <= n or not 0 <= correct <= n:
         raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= correct <= n: {k=}, {n=}, {correct=}")
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
@@ -968,13 +957,12 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *how) -> tuple:
     """A rollout of G samples of each of B problems, and its rewards [B, G]; how: see rollout().
 
-    Each sample's noise depends on (labels, problem, sample) alone.
-    """
+    Each sample's noise depends on (labels, problem, sample) alone."""
     samples = [(problem, g) for problem in problems for g in range(G)]
     seeds = [row_seed(*labels, problem.id, g) for problem, g in samples]
     advice = "out of GPU memory in sampling: lower --samples, --prompts or the longest CoT"
     with explained(torch.OutOfMemoryError, advice):
-        r = rollout(policy, [problem.prompt for problem in problems], seeds, *how)
+        r = rollout(policy, [problem.prompt for problem, _ in samples], seeds, *how)
     values = [reward(a, problem.gold, problem.equal) for a, (problem, _) in zip(r.answers, samples)]
     return r, np.array(values).reshape(len(problems), G)
 
@@ -985,17 +973,14 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
 
     k_error: standard error of each pass@k over the problems. entropy_by_position: mean over the
     CoTs that got there, in nats (the paper's Figure 4). Problems go in order of length, so that a
-    batch has little padding. What log holds of the same evaluation is not done again.
-    """
+    batch has little padding. What log holds of the same evaluation is not done again."""
     n = 1 if setting.deterministic else n
     how = (setting, config.eval_max_cot, config.max_answer, 0.0)  # 0.0: answers are greedy
-    rows = config.prompts * config.samples  # as many at once as a training rollout
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
-    size = max(1, rows // n)
+    size = max(1, config.prompts * config.samples // n)  # as many rows as a training rollout has
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    texts = [(problem.prompt, problem.gold) for problem in ordered]
-    same = [n, size, config.eval_max_cot, config.max_answer, config.seed, config.dtype, setting]
-    same += [texts] + [w.detach().double().sum().item() for w in policy.model.parameters() if log]
+    same = [n, size, how, config.seed, config.dtype, [(p.prompt, p.gold) for p in ordered]]
+    same += [w.detach().double().sum().item() for w in policy.model.parameters() if log]
     key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
     done = {row["batch"]: row for row in (read_log(log) if log else []) if row["key"] == key}
     for i, batch in enumerate(tqdm(batches, leave=False, disable=not log)):
@@ -1009,11 +994,11 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
             }
             if log:
                 append_jsonl(log, {"key": key, "batch": i, **done[i]})
-                if SIGNALS:
+                if stopping():
                     raise Stopped
     counts = [c for i in range(len(batches)) for c in done[i]["correct"]]
-    sums = {key: [row[key] for row in done.values()] for key in ("reached", "entropy")}
-    reached, H = (np.sum([*itertools.zip_longest(*x, fillvalue=0)], 1) for x in sums.values())
+    sums = ([row[key] for row in done.values()] for key in ("reached", "entropy"))
+    reached, H = (np.sum([*itertools.zip_longest(*x, fillvalue=0)], 1) for x in sums)
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
     passed = {str(k): [pass_at_k(n, c, k) for c in counts] for k in ks}
     samples = n * len(problems)
@@ -1033,8 +1018,7 @@ def evaluate_choices(policy: Policy, name: str, config: Config) -> dict:
     """Accuracy, and negative log-likelihood per token of the right option (the paper's Table 2).
 
     Teacher-forced: the log-probability of a rollout without CoT whose answer is the option. The
-    model's choice is the option with the highest log-probability per token.
-    """
+    model's choice is the option with the highest log-probability per token."""
     _, split, read = CHOICES[name]
     rows = read_rows(config, name, split)[: config.eval_limit]
     scores = {"accuracy": [], "nll": []}
@@ -1043,8 +1027,8 @@ def evaluate_choices(policy: Policy, name: str, config: Config) -> dict:
         ids, mask = policy.tokenize([question] * len(options))  # [options, P]
         option_ids, option_mask = policy.tokenize(options, special=False, pad="right")
         none = ids[:, :0]  # [options, 0]
-        cot, answer = Part(None, none, none, none), Part(None, option_ids, none, none)
-        cot.mask, answer.mask = none.bool(), option_mask
+        cot = Part(None, none, none, none, mask=none.bool())
+        answer = Part(None, option_ids, none, none, mask=option_mask)
         prefix = (SETTINGS["hard_sample"], 0.0, ids, mask, none, none.bool())
         _, logp = log_probs(policy, Rollout(*prefix, cot, answer, [], [], []))
         logp = logp.sum(1) / option_mask.sum(1)  # [options] nats per token
@@ -1055,37 +1039,36 @@ def evaluate_choices(policy: Policy, name: str, config: Config) -> dict:
     return {"problems": len(rows), **means, "error": error}
 
 
-def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> list[dict]:
-    """Evaluate every setting of --eval-settings on every task of --eval-tasks: table, and path."""
-    records = json.loads(path.read_bytes()) if path.exists() else []
+def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> tuple[str, float]:
+    """Evaluate --eval-settings on --eval-tasks, print a table and write path; its first figure."""
+    records, figures = json.loads(path.read_bytes()) if path.exists() else [], []
     for task in config.eval_tasks:
-        names, problems = ["teacher_forced"], []
         print(f"\n{stage}, {task}, {config.eval_k} samples of each problem:")
         if task not in CHOICES:
-            names = config.eval_settings
             problems = load_problems(config, task, "test")[: config.eval_limit]
             problems = fitting(policy, problems, config)
             print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
-        for name in names:
+        for name in ["teacher_forced"] if task in CHOICES else config.eval_settings:
             if task in CHOICES:
                 scores = evaluate_choices(policy, task, config)
+                figures.append((f"{task} accuracy", scores["accuracy"]))
                 line = "accuracy {accuracy:.3f}, {nll:.3f} nats per token of the right answer"
-                line = line.format(**scores)
             else:
                 setting, log = settings_of(config)[name], path.with_name("eval_batches.jsonl")
                 scores = evaluate(policy, problems, setting, config, config.eval_k, log)
                 n, ks = scores["n"], scores["k"]
+                figures.append((f"{task} {name} pass@1", ks["1"]))
                 line = f"{ks['1']:7.3f} {scores['k_error']['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
-                line += " {cot_len:8.1f} {stop_rate:5.2f} {cot_entropy:8.3f}".format(**scores)
-            print(f"{name:14} {line}")
+                line += " {cot_len:8.1f} {stop_rate:5.2f} {cot_entropy:8.3f}"
+            print(f"{name:14}", line.format(**scores))
             key = {"stage": stage, "task": task, "setting": name}
             records = [old for old in records if not key.items() <= old.items()]
             records.append(key | scores)
             write_json(path, records)
-    return records
+    return figures[0]
 
 
-# ---- 9. Files and figures -----------------------------------------------------------------------
+# ---- 9. Files -----------------------------------------------------------------------------------
 @contextmanager
 def replacing(path: Path):
     """A name to write to, renamed to path once all is on the disk; if that fails, path stays."""
@@ -1126,115 +1109,35 @@ def read_log(path: Path, keep: Callable[[dict], bool] = lambda row: True) -> lis
     return rows
 
 
-def save_state(path: Path, saved: dict, step: int, best: float) -> None:
+def save_state(path: Path, policy: Policy, optimizer, schedule, step: int, best: float) -> None:
     """Save all that --resume needs; data order and noise follow from (seed, step) alone."""
-    states = {name: part.state_dict() for name, part in saved.items()}
+    model, moments = states.get_state_dict(policy.model, optimizer, options=WHOLE)
+    state = {"model": model, "optimizer": moments, "schedule": schedule.state_dict()}
     with replacing(path) as part:
-        torch.save({**states, "step": step, "best": best}, part)
+        torch.save({**state, "step": step, "best": best}, part)
 
 
-def load_state(path: Path, saved: dict, device: torch.device) -> tuple[int, float]:
+def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, float]:
     """Put a saved state back; return the step it was saved after and the best score till then."""
-    state = torch.load(path, map_location=device, weights_only=True)
-    for name, part in saved.items():
-        part.load_state_dict(state[name])
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    states.set_state_dict(policy.model, optimizer, model_state_dict=state["model"],
+                          optim_state_dict=state["optimizer"], options=WHOLE)
+    schedule.load_state_dict(state["schedule"])
     return state["step"], state["best"]
-
-
-COLORS = {"base": "#7f7f7f", "hard": "#0072b2", "soft": "#d55e00", "fuzzy": "#009e73"}
-
-
-def plot_curves(out: Path, cot: str) -> None:
-    """curves.png from metrics.jsonl: what to look at first when a run does not learn."""
-    rows = read_log(out / "metrics.jsonl")
-    steps, width = [row["step"] for row in rows], max(1, len(rows) // 20)
-    panels = {"success": "success rate", "cot_len": "CoT length (tokens)"}
-    panels |= {"cot_entropy": "CoT entropy (nats)", "mixed_groups": "groups with mixed rewards"}
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(2, 2).flat, panels.items()):
-        values = [row[key] for row in rows]
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        axes.plot(steps, values, color=COLORS[cot], alpha=0.25)
-        axes.plot(steps[width - 1 :], smooth, color=COLORS[cot])
-        axes.set(xlabel="step", ylabel=label, ylim=(0, None))
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"{cot} training; thick line: mean of {width} steps")
-    figure.savefig(out / "curves.png", dpi=110)
-
-
-def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
-    """pass_at_k.png from eval.json: pass@k of the sampled settings, bars: error over problems."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    rows = [row for row in json.loads((out / "eval.json").read_bytes()) if row["task"] == task]
-    latest = {(row["setting"], row["stage"]): row for row in rows if "k" in row}
-    names = [n for n in SETTINGS if (n, "trained") in latest and not SETTINGS[n].deterministic]
-    if not names:
-        return
-    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
-        for stage, style, c in (("base", "--", COLORS["base"]), ("trained", "-", COLORS[cot])):
-            if (name, stage) in latest:
-                row = latest[name, stage]
-                ks = [int(k) for k in row["k"]]
-                y, error = ([*row[key].values()] for key in ("k", "k_error"))
-                axes.errorbar(ks, y, error, fmt=style, color=c, marker="o", markersize=4, capsize=2)
-                text, at = ("base", len(ks) // 2) if stage == "base" else (f"{cot}-trained", 0)
-                axes.annotate(text, (ks[at], y[at]), (6, -12), textcoords="offset points", color=c)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set(title=name, xlabel="k", ylim=(0, 1.05))
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(f"pass@k on {task} test problems")
-    figure.savefig(out / "pass_at_k.png", dpi=110)
-
-
-def report(folders: list[str]) -> str:
-    """A Markdown table of runs, in %, NLL in nats a token: mean ± deviation (seeds) [the paper's].
-
-    A base that several runs evaluated with one seed counts once.
-    """
-    columns = ["base", "hard", "fuzzy", "soft"]
-    with open(Path(__file__).parent / "results" / "paper.csv", encoding="utf-8") as file:
-        paper = {tuple(row[:5]): dict(zip(columns, row[5:])) for row in csv.reader(file)}
-    cells = {}  # (model, trained on, tested on, setting, metric) -> column -> seed -> value
-    for folder in map(Path, folders):
-        with explained(OSError, f"--report {folder}: holds no eval.json and config.json of a run"):
-            files = [(folder / name).read_bytes() for name in ("config.json", "eval.json")]
-        config, rows = map(json.loads, files)
-        for row in rows:
-            passed = row.get("k", {})
-            scores = {f"pass@{k}": 100 * passed[k] for k in passed if int(k) in (1, row["n"])}
-            scores |= {"accuracy": 100 * row["accuracy"], "NLL": row["nll"]} if not passed else {}
-            column = "base" if row["stage"] == "base" else config["cot"]
-            run = (config["model"] or "toy", config["task"], row["task"], row["setting"])
-            for metric, value in scores.items():
-                cells.setdefault((*run, metric), {}).setdefault(column, {})[config["seed"]] = value
-    names = ["model", "trained on", "tested on", "setting", "metric", *columns]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for run, found in cells.items():
-        texts, same = [], [p for p in paper if p[0] in run[0].lower() and p[1:] == run[1:]]
-        for column in columns:
-            values = list(found.get(column, {}).values())
-            spread = f" ± {np.std(values, ddof=1):.2f} ({len(values)})" if len(values) > 1 else ""
-            texts.append(f"{np.mean(values):.2f}{spread}" if values else "-")
-            texts[-1] += f" [paper {paper[same[0]][column]}]" if same else ""
-        lines.append(f"| {' | '.join((Path(run[0]).name, *run[1:], *texts))} |")
-    return "\n".join(lines) + "\n"
 
 
 # ---- 10. Training -------------------------------------------------------------------------------
 def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> list[Problem]:
     """The B problems of a step: a fresh shuffle each epoch, as a function of (seed, step) alone."""
-    n, places = len(problems), range(step * B, step * B + B)
-    epochs = {i // n for i in places}
-    orders = {e: np.random.default_rng([seed, e]).permutation(n) for e in epochs}
-    return [problems[orders[i // n][i % n]] for i in places]
+    n = len(problems)
+    orders = cache(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
+    return [problems[orders(i // n)[i % n]] for i in range(step * B, step * B + B)]
 
 
 def round_by_chance(x: Tensor) -> Tensor:
     """fp32 to bf16, up or down with the chances that make the mean right: [..] -> [..].
 
-    bf16 is the upper half of an fp32: add a random lower half, and cut the lower half off.
-    """
+    bf16 is the upper half of an fp32: add a random lower half, and cut the lower half off."""
     bits = x.view(torch.int32) + torch.randint_like(x, 1 << 16, dtype=torch.int32)
     return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
@@ -1242,12 +1145,11 @@ def round_by_chance(x: Tensor) -> Tensor:
 class AdamW16(torch.optim.AdamW):
     """AdamW for bf16 weights: computed in fp32, weights and moments rounded by chance to bf16.
 
-    Rounded to nearest, a step of 1e-5 would leave nearly every weight of 0.01 as it was.
-    """
+    Rounded to nearest, a step of 1e-5 would leave nearly every weight of 0.01 as it was."""
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Update the weights that have a gradient, one by one: few fp32 copies live at a time."""
+    def step(self, closure=None) -> None:
+        """Update weights that have a gradient, one by one: few fp32 copies live at a time."""
         (group,) = self.param_groups
         how = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
         for w in group["params"]:
@@ -1263,6 +1165,14 @@ class AdamW16(torch.optim.AdamW):
             adamw([exact], [w.grad.float()], [m], [v], [], steps, beta1=beta1, beta2=beta2, **how)
             for old, new in zip(rounded, (exact, m, v)):
                 old.copy_(round_by_chance(new))
+
+
+def make_optimizer(policy: Policy, config: Config) -> tuple:
+    """AdamW of all parameters, and its learning rate: linear warm-up, then cosine decay to 0."""
+    kind = AdamW16 if config.dtype == "bf16" else torch.optim.AdamW
+    optimizer = kind(policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
+    lengths = (config.warmup, config.steps)
+    return optimizer, transformers.get_cosine_schedule_with_warmup(optimizer, *lengths)
 
 
 def peak_gib(device: torch.device) -> float:
@@ -1324,14 +1234,12 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
 def bench(policy: Policy, config: Config) -> str:
     """Print the table of --bench, medians of three steps after a first one; returns its last row.
 
-    The learning rate is 0. generate() makes as many hard tokens as a rollout may have.
-    """
+    generate() makes as many hard tokens as a rollout may have."""
     coin = itertools.cycle([True, False])  # judges answers: groups are mixed, rows have a gradient
     problems = load_problems(config, config.task, "train")[: config.prompts]
     problems = [dataclasses.replace(p, equal=lambda *_: next(coin)) for p in problems]
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
-    schedule = transformers.get_constant_schedule(optimizer)
-    columns = ["tokens_per_s", "rollout_s", "train_s", "rollout_gib", "train_gib"]
+    optimizer, schedule = make_optimizer(policy, config)
+    columns = "tokens_per_s rollout_s train_s rollout_gib train_gib".split()
     print(" " * 10, *(f"{name:>12}" for name in columns), flush=True)
     for cot in ("hard", "soft", "fuzzy"):
         mode = SETTINGS[f"{cot}_sample"]
@@ -1351,20 +1259,19 @@ def bench(policy: Policy, config: Config) -> str:
     return f"generate() {len(ids) * T / s:12.2f} {s:12.2f}"
 
 
-def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: int, best: float,
-               saved: dict) -> float:
-    """Validate greedily, keep the best model so far in out/model, save the state; the new best.
+def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: int,
+               best: float) -> float:
+    """Validate greedily and keep the best model so far in out/model; the new best.
 
-    Of equally good ones the last is kept. held_out: validation problems; if none, the last is best.
-    """
+    held_out: validation problems. Of equally good models the last is kept; of all, if none."""
     greedy = settings_of(config)[f"{config.cot}_greedy"]
     score = evaluate(policy, held_out, greedy, config, 1)["k"]["1"] if held_out else float(step)
     if score >= best or not (out / "model").exists():
         best = score
+        weights = states.get_model_state_dict(policy.model, options=WHOLE)
         with replacing(out / "model") as folder:  # an ordinary one, for from_pretrained()
-            policy.model.save_pretrained(folder)
+            policy.model.save_pretrained(folder, state_dict=weights)
             policy.tokenizer.save_pretrained(folder)
-    save_state(out / "state.pt", saved, step, best)
     return best
 
 
@@ -1373,14 +1280,12 @@ def train(policy: Policy, config: Config, out: Path) -> None:
     problems = fitting(policy, load_problems(config, config.task, "train"), config)
     held_out = load_problems(config, config.task, "validation")[: config.eval_limit]
     held_out = fitting(policy, held_out, config) if held_out else []
-    kind = AdamW16 if config.dtype == "bf16" else torch.optim.AdamW
-    optimizer = kind(policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
-    saved = {"model": policy.model, "optimizer": optimizer, "schedule": schedule}
+    optimizer, schedule = make_optimizer(policy, config)
+    state = (out / "state.pt", policy, optimizer, schedule)
     if config.resume and (out / "state.pt").exists():
-        done, best = load_state(out / "state.pt", saved, policy.model.device)
+        done, best = load_state(*state)
     else:
-        done, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0, saved)
+        done, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0)
     history, _ = (read_log(out / name, lambda row: row["step"] <= done) for name in LOGS)
     every = max(1, config.steps // CHECKPOINTS)
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=config.cot)
@@ -1394,9 +1299,11 @@ def train(policy: Policy, config: Config, out: Path) -> None:
             row |= {"answer": r.answers[n], "reward": rewards.flat[n]}
             append_jsonl(out / "samples.jsonl", row)
         if now:
-            best = checkpoint(policy, config, out, held_out, step + 1, best, saved)
-        if SIGNALS:
-            save_state(out / "state.pt", saved, step + 1, best)
+            best = checkpoint(policy, config, out, held_out, step + 1, best)
+        stop = stopping()
+        if now or stop:
+            save_state(*state, step + 1, best)
+        if stop:
             raise Stopped
         history.append(metrics)
         hopeless = len(history) >= 10 and all(row["skipped"] for row in history[-10:])
@@ -1434,7 +1341,9 @@ def prepare(config: Config, out: Path) -> None:
 def run(config: Config) -> str:
     """What the program does; returns its last line."""
     if config.report:
-        table, path = report(config.report), Path(config.out_dir or "runs") / "report.md"
+        with explained(OSError, "--report takes folders with config.json and eval.json"):
+            table = report(config.report)
+        path = Path(config.out_dir or "runs") / "report.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(table, encoding="utf-8")
         return f"{table}written to {path}"
@@ -1457,21 +1366,16 @@ def run(config: Config) -> str:
         evaluate_all(policy, config, "trained" if mine else "base", out / "eval.json")
         return f"Evaluated {config.model or 'the toy base'}: {out}/eval.json"
     if config.eval_limit:
-        evaluate_all(policy, config, "base", out / "eval.json")
+        what, before = evaluate_all(policy, config, "base", out / "eval.json")
     train(policy, config, out)
     plot_curves(out, config.cot)
     last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
     if not config.eval_limit:
         return f"Not evaluated {last}"
-    best, task = load_policy(config, str(out / "model")), config.eval_tasks[0]
-    records = evaluate_all(best, config, "trained", out / "eval.json")
-    plot_pass_at_k(out, config.cot, task)
-    metric = "accuracy" if task in CHOICES else "pass@1"
-    name = "teacher_forced" if task in CHOICES else config.eval_settings[0]
-    mine = [row for row in records if (row["setting"], row["task"]) == (name, task)]
-    score = {row["stage"]: row["accuracy"] if task in CHOICES else row["k"]["1"] for row in mine}
-    change = f"{task} {name} {metric} {score['base']:.3f} -> {score['trained']:.3f}"
-    return f"{change} {last}, figures and tables in {out}"
+    best = load_policy(config, str(out / "model"))
+    _, score = evaluate_all(best, config, "trained", out / "eval.json")
+    plot_pass_at_k(out, config.cot, config.eval_tasks[0])
+    return f"{what} {before:.3f} -> {score:.3f} {last}, figures and tables in {out}"
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
@@ -1496,5 +1400,100 @@ def main(arguments: Optional[list[str]] = None) -> int:
     return 0
 
 
+# ---- 12. Several processes: torchrun ------------------------------------------------------------
+class Torchrun:
+    """The same program in several processes, each with its share of the rows of every batch.
+
+    FSDP2 splits weights, gradients and moments over the processes; for sampling the weights are
+    whole in each. A method takes the place of the function above that has its name, and calls that.
+    All processes go through the same steps, so none waits for another in vain; rank 0 writes."""
+
+    def __init__(self):
+        """Join the other processes that torchrun started, and put the methods in place."""
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.alone = types.SimpleNamespace(**globals())
+        globals().update({k: getattr(self, k) for k in vars(Torchrun) if k in vars(self.alone)})
+        if self.rank:
+            self.folder, bar = tempfile.TemporaryDirectory(), tqdm.__init__
+            scratch = lambda path: self.alone.replacing(Path(self.folder.name) / path.name)
+            silent = "append_jsonl plot_curves plot_pass_at_k print".split()
+            globals().update(dict.fromkeys(silent, lambda *_, **__: None), replacing=scratch)
+            tqdm.__init__ = lambda *a, **how: bar(*a, **how | {"disable": True})
+
+    def gather(self, mine) -> list:
+        """What each process gives, in all of them."""
+        every = [None] * self.world
+        dist.all_gather_object(every, mine)
+        return every
+
+    def stopping(self) -> bool:
+        return any(self.gather(self.alone.stopping()))
+
+    def load_policy(self, config: Config, source: str) -> Policy:
+        few = f"--samples {config.samples} is too small: give one or more to each process"
+        require(config.samples >= self.world, few)
+        policy = self.alone.load_policy(config, source)
+        mesh = dist.init_device_mesh(policy.model.device.type, (self.world,))
+        for module in policy.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                fsdp.fully_shard(module, mesh=mesh)
+        fsdp.fully_shard(policy.model, mesh=mesh, reshard_after_forward=True)
+        policy.model.call = lambda function, *arguments: function(*arguments)
+        fsdp.register_fsdp_forward_method(policy.model, "call")
+        policy.model.call(lambda: None)  # FSDP2 takes what is called first for the whole model
+        return policy
+
+    def rollout(self, policy: Policy, prompts: list[str], seeds: list[int], *how) -> Rollout:
+        """Each process samples some rows, with all weights, and gets all rows."""
+        shards = [m for m in policy.model.modules() if isinstance(m, fsdp.FSDPModule)]
+        policy.model.set_reshard_after_forward(False)
+        for module in shards:
+            module.unshard()
+        rows = range(self.rank, len(seeds), self.world) or [0]
+        mine = [prompts[n] for n in rows], [seeds[n] for n in rows]
+        r = self.alone.rollout(policy, *mine, *how)
+        for module in shards:
+            module.reshard()
+        policy.model.set_reshard_after_forward(True)
+
+        def whole(x, side="right"):
+            """Of a field of my rows, the same of all rows; shorter ones are padded on that side."""
+            if isinstance(x, (Part, Rollout)):
+                sides = {k: "left" if k.startswith("pr") else "right" for k in vars(x)}
+                return type(x)(**{k: whole(v, sides[k]) for k, v in vars(x).items()})
+            if not isinstance(x, (list, Tensor)):
+                return x
+            every = self.gather(x.cpu() if isinstance(x, Tensor) else x)
+            rows = [every[n % self.world][n // self.world] for n in range(len(seeds))]
+            if isinstance(x, list):
+                return rows
+            return nn.utils.rnn.pad_sequence(rows, True, padding_side=side).to(x.device)
+
+        return whole(r)
+
+    def micro_batches(self, r: Rollout, advantages: Tensor, tokens: int):
+        """Some rows of each micro-batch, or row 0 with advantage 0 where there are too few."""
+        for index, A in self.alone.micro_batches(r, advantages, tokens * self.world):
+            mine, some = slice(self.rank, None, self.world), self.rank < len(index)
+            yield (index[mine], A[mine] * self.world) if some else (index[:1], 0 * A[:1])
+
+    def log_probs(self, policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
+        return policy.model.call(self.alone.log_probs, policy, r)  # where FSDP2 sees the backward
+
+    def policy_gradient(self, *how) -> dict:
+        every = self.gather(self.alone.policy_gradient(*how))
+        loss, gaps = ([stats[key] for stats in every] for key in ("loss", "logp_gap"))
+        return {"loss": float(np.mean(loss)), "logp_gap": float(np.max(gaps))}
+
+    def round_by_chance(self, x: DTensor) -> DTensor:
+        local, split = self.alone.round_by_chance(x.to_local()), (x.device_mesh, x.placements)
+        return DTensor.from_local(local, *split, shape=x.shape, stride=x.stride())
+
+
 if __name__ == "__main__":
+    if "RANK" in os.environ:  # torchrun started this process
+        Torchrun()
     sys.exit(main())

@@ -18,6 +18,7 @@ noise on its input embeddings in pretraining, and embeddings that are small besi
 (a step of Adam has one size for all weights, so small ones learn most from the noise put on them).
 """
 
+import fcntl
 import math
 import os
 import shutil
@@ -214,11 +215,16 @@ def pretrain(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 def base_model(folder: Path) -> Path:
     """The folder of the pretrained toy; pretrains and saves it (under a minute) the first time."""
-    if not (folder / "config.json").exists():
-        model, tokenizer = pretrain()
-        part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        os.replace(part, folder)  # a run that is stopped halfway leaves no half model
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one pretrains, the others wait
+        if not (folder / "config.json").exists():
+            model, tokenizer = pretrain()
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            os.replace(part, folder)  # a run that is stopped halfway leaves no half model
     return folder

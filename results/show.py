@@ -1,0 +1,86 @@
+"""The figures that a run leaves, and the table of --report, which puts runs beside paper.csv."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+COLORS = {"base": "#7f7f7f", "hard": "#0072b2", "soft": "#d55e00", "fuzzy": "#009e73"}
+
+
+def plot_curves(out: Path, cot: str) -> None:
+    """curves.png from metrics.jsonl: what to look at first when a run does not learn."""
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl", "rb")]
+    steps, width = [row["step"] for row in rows], max(1, len(rows) // 20)
+    panels = {"success": "success rate", "cot_len": "CoT length (tokens)"}
+    panels |= {"cot_entropy": "CoT entropy (nats)", "mixed_groups": "groups with mixed rewards"}
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(2, 2).flat, panels.items()):
+        values = [row[key] for row in rows]
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(steps, values, color=COLORS[cot], alpha=0.25)
+        axes.plot(steps[width - 1 :], smooth, color=COLORS[cot])
+        axes.set(xlabel="step", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{cot} training; thick line: mean of {width} steps")
+    figure.savefig(out / "curves.png", dpi=110)
+
+
+def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
+    """pass_at_k.png from eval.json: pass@k of the sampled settings, bars: error over problems."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    rows = [row for row in json.loads((out / "eval.json").read_bytes()) if row["task"] == task]
+    latest = {(row["setting"], row["stage"]): row for row in rows if row.get("n", 1) > 1}
+    names = [name for name, stage in latest if stage == "trained"]
+    if not names:
+        return
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
+        for stage, style, c in (("base", "--", COLORS["base"]), ("trained", "-", COLORS[cot])):
+            if (name, stage) in latest:
+                row = latest[name, stage]
+                ks = [int(k) for k in row["k"]]
+                y, error = ([*row[key].values()] for key in ("k", "k_error"))
+                axes.errorbar(ks, y, error, fmt=style, color=c, marker="o", markersize=4, capsize=2)
+                text, at = ("base", len(ks) // 2) if stage == "base" else (f"{cot}-trained", 0)
+                axes.annotate(text, (ks[at], y[at]), (6, -12), textcoords="offset points", color=c)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set(title=name, xlabel="k", ylim=(0, 1.05))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(f"pass@k on {task} test problems")
+    figure.savefig(out / "pass_at_k.png", dpi=110)
+
+
+def report(folders: list[str]) -> str:
+    """A Markdown table of runs, in %, NLL in nats a token: mean ± deviation (seeds) [the paper's].
+
+    A base that several runs evaluated with one seed counts once. OSError: no files of a run.
+    """
+    columns = ["base", "hard", "fuzzy", "soft"]
+    with open(Path(__file__).parent / "paper.csv", encoding="utf-8") as file:
+        paper = {tuple(row[:5]): dict(zip(columns, row[5:])) for row in csv.reader(file)}
+    cells = {}  # (model, trained on, tested on, setting, metric) -> column -> seed -> value
+    for folder in map(Path, folders):
+        files = [(folder / name).read_bytes() for name in ("config.json", "eval.json")]
+        config, rows = map(json.loads, files)
+        for row in rows:
+            passed = row.get("k", {})
+            scores = {f"pass@{k}": 100 * passed[k] for k in passed if int(k) in (1, row["n"])}
+            scores |= {"accuracy": 100 * row["accuracy"], "NLL": row["nll"]} if not passed else {}
+            column = "base" if row["stage"] == "base" else config["cot"]
+            run = (config["model"] or "toy", config["task"], row["task"], row["setting"])
+            for metric, value in scores.items():
+                cells.setdefault((*run, metric), {}).setdefault(column, {})[config["seed"]] = value
+    names = ["model", "trained on", "tested on", "setting", "metric", *columns]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for run, found in cells.items():
+        texts, same = [], [p for p in paper if p[0] in run[0].lower() and p[1:] == run[1:]]
+        for column in columns:
+            values = list(found.get(column, {}).values())
+            spread = f" ± {np.std(values, ddof=1):.2f} ({len(values)})" if len(values) > 1 else ""
+            texts.append(f"{np.mean(values):.2f}{spread}" if values else "-")
+            texts[-1] += f" [paper {paper[same[0]][column]}]" if same else ""
+        lines.append(f"| {' | '.join((Path(run[0]).name, *run[1:], *texts))} |")
+    return "\n".join(lines) + "\n"
