@@ -1268,7 +1268,9 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
     score = evaluate(policy, held_out, greedy, config, 1)["k"]["1"] if held_out else float(step)
     if score >= best or not (out / "model").exists():
         best = score
-        weights = states.get_model_state_dict(policy.model, options=WHOLE)
+        whole = states.get_model_state_dict(policy.model, options=WHOLE)
+        once = dict([*policy.model.named_parameters(), *policy.model.named_buffers()])
+        weights = {k: w for k, w in whole.items() if k in once}  # a tied head is E
         with replacing(out / "model") as folder:  # an ordinary one, for from_pretrained()
             policy.model.save_pretrained(folder, state_dict=weights)
             policy.tokenizer.save_pretrained(folder)
@@ -1433,8 +1435,7 @@ class Torchrun:
         return any(self.gather(self.alone.stopping()))
 
     def load_policy(self, config: Config, source: str) -> Policy:
-        few = f"--samples {config.samples} is too small: give one or more to each process"
-        require(config.samples >= self.world, few)
+        require(config.samples >= self.world, "--samples is too small: each process needs one")
         policy = self.alone.load_policy(config, source)
         mesh = dist.init_device_mesh(policy.model.device.type, (self.world,))
         for module in policy.model.modules():
