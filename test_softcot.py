@@ -1,6 +1,6 @@
 """Tests of softcot: every one compares with an oracle (numpy, float64, brute force, a plain loop).
 
-    python -m pytest                 # 8 to 9 minutes on 2 CPU cores, no network
+    python -m pytest                 # about 10 minutes on 2 CPU cores, no network
 """
 
 import contextlib
@@ -953,23 +953,34 @@ def test_toy_pretraining_text_is_what_the_tokenizer_reads():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    """An untrained toy model in a folder: quick to load, good enough for plumbing."""
-    folder = tmp_path_factory.mktemp("tiny")
+def untrained_toy(folder, louder, **shape):
+    """Save an untrained model of this shape, some tokens of which are likelier than others."""
     tokenizer = toy_tasks.make_tokenizer()
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, eos_token_id=1, pad_token_id=0, initializer_range=0.5,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():  # some answers close their box and some CoTs stop, so rewards differ
-        for word, factor in (("}", 4), ("The final answer is:", 1.5)):
+    ids = dict(vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0, initializer_range=0.5)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ids, **shape))
+    with torch.no_grad():
+        for word, factor in louder.items():
             model.lm_head.weight[tokenizer.get_vocab()[word]] *= factor
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """An untrained toy model in a folder: quick to load, good enough for plumbing."""
+    louder = {"}": 4, "The final answer is:": 1.5}  # boxes close, CoTs stop, so rewards differ
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    return untrained_toy(tmp_path_factory.mktemp("tiny"), louder, **shape)
+
+
+@pytest.fixture(scope="session")
+def tied_folder(tmp_path_factory):
+    """The same of two layers, with one matrix for embeddings and head, and shapes not even."""
+    shape = dict(hidden_size=18, intermediate_size=17, num_hidden_layers=2, num_attention_heads=3)
+    shape |= dict(num_key_value_heads=1, tie_word_embeddings=True)
+    return untrained_toy(tmp_path_factory.mktemp("tied"), {"}": 3}, **shape)
 
 
 def tiny_run(folder, out, *more):
@@ -1601,25 +1612,6 @@ def assert_nearly_the_same_run(ours, theirs, base):
     best = [transformers.AutoModelForCausalLM.from_pretrained(f / "model") for f in (ours, theirs)]
     for a, b in zip(*(model.parameters() for model in best), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
-
-
-@pytest.fixture(scope="module")
-def tied_folder(tmp_path_factory):
-    """An untrained model of two layers whose head is its embedding matrix, and shapes not even."""
-    folder = tmp_path_factory.mktemp("tied")
-    tokenizer = toy_tasks.make_tokenizer()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=18, intermediate_size=17, num_hidden_layers=2,
-        num_attention_heads=3, num_key_value_heads=1, eos_token_id=1, pad_token_id=0,
-        initializer_range=0.5, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight[tokenizer.get_vocab()["}"]] *= 3
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_several_processes_do_what_one_does_also_after_a_signal_and_with_another_number(
