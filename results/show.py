@@ -43,8 +43,11 @@ def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
                 ks = [int(k) for k in row["k"]]
                 y, error = ([*row[key].values()] for key in ("k", "k_error"))
                 axes.errorbar(ks, y, error, fmt=style, color=c, marker="o", markersize=4, capsize=2)
-                text, at = ("base", len(ks) // 2) if stage == "base" else (f"{cot}-trained", 0)
-                axes.annotate(text, (ks[at], y[at]), (6, -12), textcoords="offset points", color=c)
+                text, at, side, shift = f"{cot}-trained", len(ks) // 2, "right", (-6, 5)  # above it
+                if stage == "base":
+                    text, side, shift = "base", "left", (6, -12)
+                where = ((ks[at], y[at]), shift)
+                axes.annotate(text, *where, textcoords="offset points", color=c, ha=side)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set(title=name, xlabel="k", ylim=(0, 1.05))
