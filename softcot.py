@@ -51,7 +51,6 @@ from results.show import COLORS, plot_curves, plot_pass_at_k, report  # noqa: F4
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
 CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
-TOP = 5  # logits that --noise-at topk-logits changes
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory
 LOGS = ("metrics.jsonl", "samples.jsonl")  # lines of steps, in --out-dir
 CHECKPOINTS = 20  # validations and saved states in a run, at least, if it has as many steps
@@ -288,7 +287,6 @@ def same_number(answer: str, gold: str) -> bool:
 def judge() -> None:
     """The grading process, a program of its own: for each line [answer, gold] prints if equal."""
     import json, logging, resource, sys
-
     from math_verify import parse, verify
 
     logging.disable(logging.CRITICAL)
@@ -433,7 +431,6 @@ def read_rows(config: Config, name: str, split: str) -> list[dict]:
     if config.data_dir:
         return read_jsonl(Path(config.data_dir) / name / f"{split}.jsonl")
     import datasets  # only here: the toy and local files do without it
-
     task = TASKS.get(name)
     (hub, *parts), hub_split, *_ = (task.hub, getattr(task, split)) if task else CHOICES[name]
     advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
@@ -624,9 +621,9 @@ def noised(hidden: Tensor, logits: Tensor, setting: Setting, E: Tensor, top=None
 
     The paper's method is "embedding", h = p E [..., D]. Its ablations: "hidden", what the head
     reads [..., H]; "logits" [..., V]; "topk-logits", those at the indices top [..., k], by default
-    the highest ones."""
+    the 5 highest."""
     if setting.noise_at == "topk-logits":
-        top = logits.topk(TOP).indices if top is None else top
+        top = logits.topk(5).indices if top is None else top
         return logits.gather(-1, top), top
     if setting.noise_at == "embedding":
         return mixture(logits, setting.tau, E), None
@@ -840,7 +837,6 @@ def generate(decoder, hidden, setting, E, sigma, eps, u, done) -> tuple[Part, li
             left.append((here[~alive], decoder.rows(~alive)))
             decoder = decoder.rows(alive)
             here, hidden, alive = here[alive], hidden[alive], alive[alive]
-
     part = Part(**{"x": None} | {name: whole[:, : t + 1] for name, whole in part.items()})
     part.logp, part.entropy = part.logp * part.mask, part.entropy * part.mask
     return part, finished, [*left, (here, decoder)]
@@ -1432,9 +1428,11 @@ class Torchrun:
         return every
 
     def stopping(self) -> bool:
+        """Whether a signal came to any process."""
         return any(self.gather(self.alone.stopping()))
 
     def load_policy(self, config: Config, source: str) -> Policy:
+        """The policy, split over the processes: each layer, then what is outside of layers."""
         require(config.samples >= self.world, "--samples is too small: each process needs one")
         policy = self.alone.load_policy(config, source)
         mesh = dist.init_device_mesh(policy.model.device.type, (self.world,))
@@ -1454,8 +1452,7 @@ class Torchrun:
         for module in shards:
             module.unshard()
         rows = range(self.rank, len(seeds), self.world) or [0]
-        mine = [prompts[n] for n in rows], [seeds[n] for n in rows]
-        r = self.alone.rollout(policy, *mine, *how)
+        r = self.alone.rollout(policy, [prompts[n] for n in rows], [seeds[n] for n in rows], *how)
         for module in shards:
             module.reshard()
         policy.model.set_reshard_after_forward(True)
@@ -1482,14 +1479,17 @@ class Torchrun:
             yield (index[mine], A[mine] * self.world) if some else (index[:1], 0 * A[:1])
 
     def log_probs(self, policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
-        return policy.model.call(self.alone.log_probs, policy, r)  # where FSDP2 sees the backward
+        """The same, called so that FSDP2 gathers weights for it and sees its backward pass."""
+        return policy.model.call(self.alone.log_probs, policy, r)
 
     def policy_gradient(self, *how) -> dict:
+        """The gradient, which FSDP2 takes the mean of, and the statistics of all processes."""
         every = self.gather(self.alone.policy_gradient(*how))
         loss, gaps = ([stats[key] for stats in every] for key in ("loss", "logp_gap"))
         return {"loss": float(np.mean(loss)), "logp_gap": float(np.max(gaps))}
 
     def round_by_chance(self, x: DTensor) -> DTensor:
+        """The same of this process's share of a tensor."""
         local, split = self.alone.round_by_chance(x.to_local()), (x.device_mesh, x.placements)
         return DTensor.from_local(local, *split, shape=x.shape, stride=x.stride())
 
