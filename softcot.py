@@ -81,7 +81,7 @@ class Setting:
     cot: str  # hard: one token's embedding; soft, fuzzy: a mixture of embeddings
     tau: float  # temperature of p = softmax(logits / tau); 0 means arg-max
     noise: float  # sigma in units of the root-mean-square of what it is added to; 0 means none
-    noise_at: str = "embedding"  # what it is added to: see noised()
+    noise_at: str = "embedding"  # what it is added to: see before_noise()
 
     @property
     def deterministic(self) -> bool:
@@ -101,12 +101,11 @@ SETTINGS = {  # training samples with "<cot>_sample" and validates with "<cot>_g
 
 def settings_of(config: "Config") -> dict[str, Setting]:
     """The table above; --tau, --sigma-scale and --noise-at change the rows of the mode --cot."""
-    table = dict(SETTINGS)
-    table[f"{config.cot}_sample"] = Setting(
-        config.cot, config.tau, config.sigma_scale or 0.0, config.noise_at)
-    if config.cot != "hard":
-        table[f"{config.cot}_greedy"] = Setting(config.cot, config.tau, 0.0)
-    return table
+    cot, tau, noise = config.cot, config.tau, (config.sigma_scale or 0.0, config.noise_at)
+    mine = {f"{cot}_sample": Setting(cot, tau, *noise)}
+    if cot != "hard":
+        mine[f"{cot}_greedy"] = Setting(cot, tau, 0.0)
+    return SETTINGS | mine
 
 
 # ---- 2. Config: one flag a field ----------------------------------------------------------------
@@ -177,8 +176,7 @@ class Config:
                 low = least.get(name, 1)
                 require(value >= low, f"{flag(name)} {value} is too small: give {low} or more")
             if type(value) is float:
-                ok = value > 0 and math.isfinite(value)
-                require(ok, f"{flag(name)} {value} is not usable: give a positive number")
+                require(0 < value < math.inf, f"{flag(name)} {value}: give a positive number")
         tasks = [*TASKS, "FILE.jsonl"]
         for where, names, choices in [("--task", [self.task], tasks),
                                       ("--eval-tasks", self.eval_tasks, [*tasks, *CHOICES]),
@@ -299,7 +297,7 @@ def judge() -> None:
             a, g = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in (answer, gold))
             equal = verify(g, a, timeout_seconds=None)
             if tolerance and not equal:
-                equal = abs(float(a[0]) - float(g[0])) <= float(tolerance)
+                equal = abs(float(a[0]) - float(g[0])) <= float(tolerance) * (1 + 1e-9)
         except Exception:  # what cannot be read is not the answer
             equal = False
         print(json.dumps(bool(equal)), flush=True)
@@ -318,7 +316,7 @@ class Grader:
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, "-c", inspect.getsource(judge) + "\njudge()"]
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            self.process = subprocess.Popen(command, text=True, **pipes)
+            self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
             require(self.process.stdout.readline(), "no grader: pip install -r requirements.txt")
         self.process.stdin.write(json.dumps([answer, gold]) + "\n")
         self.process.stdin.flush()
@@ -336,10 +334,10 @@ GRADER = Grader()
 
 def boxed(text: str) -> Optional[str]:
     """What stands in a box whose `\\boxed{` was just opened, or None while it is still open."""
-    depth = 1
+    depth, escaped = 1, False
     for i, char in enumerate(text):
-        escaped = i > 0 and text[i - 1] == "\\"
         depth += 0 if escaped else (char == "{") - (char == "}")
+        escaped = char == "\\" and not escaped
         if depth == 0:
             return text[:i]
     return None
@@ -424,10 +422,10 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def read_rows(config: Config, name: str, split: str) -> list[dict]:
     """The rows of a task's "train" or "test" split: toy, own file, --data-dir, or the hub."""
-    if name.startswith("toy"):
-        return toy_tasks.rows(name, split)
     if name.endswith(".jsonl"):
         return read_jsonl(Path(name))
+    if name.startswith("toy"):
+        return toy_tasks.rows(name, split)
     if config.data_dir:
         return read_jsonl(Path(config.data_dir) / name / f"{split}.jsonl")
     import datasets  # only here: the toy and local files do without it
@@ -463,7 +461,7 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     skipped = f"{answerless} without an answer, {len(rows) - len(seen)} repeated"
     if whole == "train":
         order = np.random.default_rng(0).permutation(len(problems))
-        few = min(VALIDATION, len(problems) // 10)
+        few = min(VALIDATION, max(1, len(problems) // 10))
         first = few if task.test else 2 * few  # where training problems begin
         parts = {"validation": order[:few], "test": order[few:first], "train": order[first:]}
         problems = [problems[i] for i in parts[split]]
@@ -497,7 +495,9 @@ class Policy:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of last hidden states [..., H]; some models (Gemma 2) bound them."""
-        logits = self.model.get_output_embeddings()(hidden)
+        hidden = hidden.to(self.model.get_input_embeddings().weight.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 has 20 and 20.125 only
+            logits = self.model.get_output_embeddings()(hidden)
         bound = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return bound * torch.tanh(logits / bound) if bound else logits
 
@@ -514,11 +514,11 @@ class Policy:
         ).to(self.model.device)
         return batch.input_ids, batch.attention_mask.bool()
 
-    @cache
-    def piece(self, token: int) -> str:
-        """The text that a token adds to what stands before it."""
-        once, twice = self.decode([token]), self.decode([token, token])
-        return twice[len(once) :]  # once may lack a leading space
+    @cached_property
+    def piece(self) -> Callable[[int], str]:
+        """A function: the text that a token id adds to what stands before it."""
+        # Twice less once, as decode() may drop the leading space of the first token.
+        return cache(lambda token: self.decode([token] * 2)[len(self.decode([token])) :])
 
     def decode(self, ids) -> str:
         """Text of token ids, without special tokens."""
@@ -530,9 +530,8 @@ def few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
     """What nn.Linear computes, as (W x^T)^T: on a CPU up to twice as fast for a few dozen rows."""
     if torch.is_grad_enabled() or x[..., 0].numel() > 64:
         return nn.functional.linear(x, linear.weight, linear.bias)
-    y = (linear.weight @ x.flatten(0, -2).T).T.contiguous()
-    y = y.view(*x.shape[:-1], len(linear.weight))
-    return y if linear.bias is None else y + linear.bias
+    y = (linear.weight @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], len(linear.weight))
+    return y if linear.bias is None else y + linear.bias.to(y.dtype)
 
 
 def load_policy(config: Config, source: str) -> Policy:
@@ -547,14 +546,13 @@ def load_policy(config: Config, source: str) -> Policy:
     require(enough, f"--model {source}: its tokenizer has more tokens than it has embeddings")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    for module in model.modules() if config.device == "cpu" else ():
-        if type(module) is nn.Linear:
+    for module in model.modules():
+        if type(module) is nn.Linear and config.device == "cpu":
             module.forward = partial(few_rows, module)
-    policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
-    for module in model.modules() if config.gradient_checkpointing else ():
-        if isinstance(module, GradientCheckpointingLayer):
+        if isinstance(module, GradientCheckpointingLayer) and config.gradient_checkpointing:
             module.forward = partial(recompute, module.forward, use_reentrant=False)
-            policy.recomputes = True
+    how = (config.dtype == "bf16-mixed", config.gradient_checkpointing)
+    policy = Policy(model.to(config.device).eval(), tokenizer, *how)
     with torch.no_grad():
         token = torch.tensor([[tokenizer.eos_token_id]], device=policy.model.device)
         ours = policy.head(policy.model.base_model(input_ids=token).last_hidden_state)
@@ -582,7 +580,8 @@ def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
 
     logits [..., V], E [V', D] with V' >= V (padded vocabularies) -> [..., D]; with gradient."""
     p = torch.softmax(logits.float() / tau, dim=-1)
-    return (p.to(E.dtype) @ E[: p.shape[-1]]).to(E.dtype)  # autocast would leave bf16
+    with torch.autocast(E.device.type, enabled=False):
+        return p.to(E.dtype) @ E[: p.shape[-1]]
 
 
 def gaussian_logp(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
@@ -616,8 +615,8 @@ def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
 
-def noised(hidden: Tensor, logits: Tensor, setting: Setting, E: Tensor, top=None) -> tuple:
-    """What noise is added to, before it is (the mean of the Gaussian), and top.
+def before_noise(hidden: Tensor, logits: Tensor, setting: Setting, E: Tensor, top=None) -> tuple:
+    """The mean of the Gaussian: what noise will be added to; and, for topk-logits, its indices.
 
     The paper's method is "embedding", h = p E [..., D]. Its ablations: "hidden", what the head
     reads [..., H]; "logits" [..., V]; "topk-logits", those at the indices top [..., k], by default
@@ -634,13 +633,13 @@ def noised(hidden: Tensor, logits: Tensor, setting: Setting, E: Tensor, top=None
 class Part:
     """One position of N rows, tensors [N, ...], or the T positions of a phase, [N, T, ...]."""
 
-    x: Optional[Tensor]  # [.., D] the inputs as fed; None when hard, where the ids say it all
+    x: Optional[Tensor]  # [.., D] the inputs as fed; None in a hard phase: the ids say it all
     ids: Tensor  # [..] hard: the tokens; soft, fuzzy: the greedy shadow, arg-max p
     logp: Tensor  # [..] nats, as the sampler saw it; 0 if deterministic: there is no density
     entropy: Tensor  # [..] nats, of the next-token distribution before noise
     z: Optional[Tensor] = None  # [.., K] the noisy quantity where it is not x itself
     top: Optional[Tensor] = None  # [.., k] which logits z is made of, for topk-logits
-    mask: Optional[Tensor] = None  # [.., ] True on real tokens
+    mask: Optional[Tensor] = None  # [..] True on real tokens
 
 
 def next_input(policy: Policy, hidden, setting: Setting, E, sigma: float, eps, u) -> Part:
@@ -649,22 +648,21 @@ def next_input(policy: Policy, hidden, setting: Setting, E, sigma: float, eps, u
     hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6).
     hidden [N, H], E [V, D], eps [N, K] normal (None if sigma is 0), u [N] in [0, 1)."""
     logits = policy.head(hidden)  # [N, V]
-    none = torch.zeros(len(logits), device=logits.device)
+    nats = entropy(logits)  # [N]
     if setting.cot == "hard":
         token = sample_token(logits, setting.tau, u)
-        logp = categorical_logp(token, logits, setting.tau) if setting.tau else none
-        return Part(E[token], token, logp, entropy(logits))
-    mean, top = noised(hidden, logits, setting, E)  # [N, K]
+        logp = categorical_logp(token, logits, setting.tau) if setting.tau else 0 * nats
+        return Part(E[token], token, logp, nats)
+    mean, top = before_noise(hidden, logits, setting, E)  # [N, K]
     z = mean + sigma * eps.to(mean.dtype) if sigma else mean
-    logp = gaussian_logp(z, mean, sigma) if sigma else none
-    H = entropy(logits)
+    logp = gaussian_logp(z, mean, sigma) if sigma else 0 * nats
     if setting.noise_at == "embedding":
-        return Part(z, logits.argmax(-1), logp, H)
+        return Part(z, logits.argmax(-1), logp, nats)
     if setting.noise_at == "hidden":
         logits = policy.head(z)
     else:
         logits = z if top is None else logits.scatter(-1, top, z)
-    return Part(mixture(logits, setting.tau, E), logits.argmax(-1), logp, H, z, top)
+    return Part(mixture(logits, setting.tau, E), logits.argmax(-1), logp, nats, z, top)
 
 
 def row_seed(*labels: int) -> int:
@@ -707,8 +705,8 @@ def rows_of(x, index: Tensor):
     if isinstance(x, (Part, Rollout)):
         fields = {k: rows_of(v, index) for k, v in vars(x).items()}
         if isinstance(x, Part):
-            used = fields["mask"].any(dim=0).nonzero().flatten().tolist()
-            end = used[-1] + 1 if used else 0
+            used = fields["mask"].any(dim=0).nonzero()  # [.., 1] columns
+            end = used[-1] + 1 if len(used) else 0
             fields = {k: v if v is None else v[:, :end] for k, v in fields.items()}
         return type(x)(**fields)
     if isinstance(x, list):
@@ -737,7 +735,7 @@ class Decoder:
         return out.last_hidden_state
 
     def rows(self, index: Tensor) -> "Decoder":
-        """A decoder of the rows index [M]; a row may come several times (G samples, one prompt)."""
+        """A decoder of some rows: their numbers [M] (one may come several times) or a mask [N]."""
         part = copy.copy(self)
         part.mask, part.cache = self.mask[index], copy.copy(self.cache)
         part.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
@@ -753,17 +751,17 @@ def joined(parts: list[tuple[Tensor, Decoder]]) -> Decoder:
     decoders = [decoder for _, decoder in parts]
     columns = max(decoder.mask.shape[1] for decoder in decoders)
 
-    def join(tensors: list[Tensor], *after: int) -> Tensor:
-        """All rows in order, the dimension that has `after` behind it padded to all columns."""
-        dim = 1 if not after else 2
-        padded = [nn.functional.pad(t, (*after, 0, columns - t.shape[dim])) for t in tensors]
+    def join(tensors: list[Tensor], dim: int) -> Tensor:
+        """All rows in order, dimension dim (the columns) padded at its end to the longest."""
+        behind = (0, 0) * (tensors[0].dim() - 1 - dim)
+        padded = [nn.functional.pad(t, (*behind, 0, columns - t.shape[dim])) for t in tensors]
         return torch.cat(padded)[order]
 
     whole = decoders[-1]
-    whole.mask = join([decoder.mask for decoder in decoders])
+    whole.mask = join([decoder.mask for decoder in decoders], 1)
     for layer, *layers in zip(whole.cache.layers, *(d.cache.layers for d in decoders)):
-        layer.keys = join([part.keys for part in layers], 0, 0)
-        layer.values = join([part.values for part in layers], 0, 0)
+        layer.keys = join([part.keys for part in layers], 2)
+        layer.values = join([part.values for part in layers], 2)
     return whole
 
 
@@ -783,23 +781,23 @@ def rollout(policy: Policy, prompts: list[str], seeds: list[int], setting: Setti
         hidden = decoder.feed(mask, input_ids=ids)[:, -1]  # [B, H]
         sigma, K = 0.0, 0
         if setting.noise:
-            quantity, _ = noised(hidden, policy.head(hidden), setting, E)  # [B, K]
+            quantity, _ = before_noise(hidden, policy.head(hidden), setting, E)  # [B, K]
             unit = E if setting.noise_at == "embedding" else quantity
             sigma, K = setting.noise * unit.float().square().mean().sqrt().item(), quantity.shape[1]
         u, eps = draw(seeds, max_cot, max_answer, K, ids.device)
         which = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
         ids, mask, hidden, decoder = ids[which], mask[which], hidden[which], decoder.rows(which)
-        noise, done = (E, sigma, eps), lambda text: STOP.strip() in text
-        cot, stopped, parts = generate(decoder, hidden, setting, *noise, u[:, :max_cot], done)
-        decoder = joined(parts)
-        cots = [policy.decode(ids[mask]) for ids, mask in zip(cot.ids, cot.mask)]
+        how, done = (setting, E, sigma, eps, u[:, :max_cot]), lambda text: STOP.strip() in text
+        cot, stopped, decoder = generate(decoder, hidden, *how, done)  # parts of a decoder
+        decoder = joined(decoder)  # whose parts may go
+        cots = [policy.decode(row[real]) for row, real in zip(cot.ids, cot.mask)]
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
         openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
         prefill_ids, prefill_mask = policy.tokenize(openings, special=False)  # [N, F]
         hidden = decoder.feed(prefill_mask, input_ids=prefill_ids)[:, -1]  # [N, H]
         how, done = Setting("hard", answer_tau, 0.0), lambda text: boxed(text) is not None
         answer, *_ = generate(decoder, hidden, how, E, 0.0, eps, u[:, max_cot:], done)
-    answers = [policy.decode(ids[mask]) for ids, mask in zip(answer.ids, answer.mask)]
+    answers = [policy.decode(row[real]) for row, real in zip(answer.ids, answer.mask)]
     prefix = (setting, sigma, ids, mask, prefill_ids, prefill_mask)
     return Rollout(*prefix, cot, answer, stopped, cots, answers)
 
@@ -819,11 +817,11 @@ def generate(decoder, hidden, setting, E, sigma, eps, u, done) -> tuple[Part, li
         noise = eps[here, t] if sigma else None
         column = next_input(policy, hidden, setting, E, sigma, noise, u[here, t])
         hidden = decoder.feed(alive[:, None], inputs_embeds=column.x[:, None])[:, 0]
-        column.x, column.mask = None if setting.cot == "hard" else column.x, alive
+        column.x, column.mask = (None if setting.cot == "hard" else column.x), alive
         for name, value in vars(column).items():
             if value is not None:
-                whole = part.setdefault(name, value.new_zeros(N, T, *value.shape[1:]))
-                whole[here, t] = value
+                part[name] = part[name] if t else value.new_zeros(N, T, *value.shape[1:])
+                part[name][here, t] = value
         goes_on = alive.tolist()
         for m, (n, token) in enumerate(zip(here.tolist(), column.ids.tolist())):
             if goes_on[m]:
@@ -835,7 +833,7 @@ def generate(decoder, hidden, setting, E, sigma, eps, u, done) -> tuple[Part, li
         alive = torch.tensor(goes_on, device=u.device)
         if can_leave and 2 * sum(goes_on) <= len(goes_on):
             left.append((here[~alive], decoder.rows(~alive)))
-            decoder = decoder.rows(alive)
+            decoder.cache, decoder = None, decoder.rows(alive)  # the caller has it, too: free it
             here, hidden, alive = here[alive], hidden[alive], alive[alive]
     part = Part(**{"x": None} | {name: whole[:, : t + 1] for name, whole in part.items()})
     part.logp, part.entropy = part.logp * part.mask, part.entropy * part.mask
@@ -869,7 +867,7 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
             logits = policy.head(hidden)
             if setting.cot == "hard":
                 return categorical_logp(ids, logits, setting.tau)
-            mean, _ = noised(hidden, logits, setting, policy.embeddings(), top)
+            mean, _ = before_noise(hidden, logits, setting, policy.embeddings(), top)
             return gaussian_logp(noisy, mean, r.sigma)
 
         noisy = part.x if part.z is None else part.z
@@ -885,7 +883,7 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
             first = decoder.feed(prompts >= 0, inputs_embeds=prompt)  # [B, P, H]
             hidden = decoder.rows(which).feed(mask[:, P:], inputs_embeds=rest)  # [N, T+F+A, H]
             hidden = torch.cat([first[which, -1:], hidden], dim=1)
-        # column i of hidden predicts what follows it
+        # hidden[:, i] predicts column i of [CoT | prefill | answer]
         hidden.requires_grad_(torch.is_grad_enabled())  # in_chunks() needs it, even of a constant
         cot = logp_of(r.cot, r.setting, hidden[:, :T])
         answer = logp_of(r.answer, SETTINGS["hard_sample"], hidden[:, T + F : T + F + A])
@@ -899,8 +897,7 @@ def in_chunks(f: Callable, V: int, mask: Tensor, *tensors: Optional[Tensor]) -> 
     only, and is made again in the backward pass, where "reentrant" adds each chunk's gradient to
     the weights' at once instead of summing them beside it. tensors: [N, T, ...], or None."""
     size = max(1, CHUNK // V)
-    count = int(mask.sum())
-    parts = [[None] * (count + 1) if t is None else t[mask].split(size) for t in tensors]
+    parts = [itertools.repeat(t) if t is None else t[mask].split(size) for t in tensors]
     run = partial(recompute, f, use_reentrant=True) if torch.is_grad_enabled() else f
     values = torch.cat([run(*part) for part in zip(*parts)])
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
@@ -925,8 +922,8 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch:
     """Add the gradient of -(1/N) sum_n A_n l_n to the parameters (eqs 8, 13-15); return statistics.
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
-    the whole rollout, so the gradient does not depend on micro_batch (tokens at a time). loss: the
-    sum over all rows; logp_gap: the largest gap of a log-probability here and in the rollout (0 but
+    the whole rollout, so the gradient does not depend on micro_batch (tokens at a time). loss: that
+    value; logp_gap: the largest gap of a log-probability here and in the rollout (0 but
     for rounding)."""
     loss, gaps = 0.0, [0.0]
     for index, A in micro_batches(r, advantages, micro_batch):
@@ -993,8 +990,8 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
                 if stopping():
                     raise Stopped
     counts = [c for i in range(len(batches)) for c in done[i]["correct"]]
-    sums = ([row[key] for row in done.values()] for key in ("reached", "entropy"))
-    reached, H = (np.sum([*itertools.zip_longest(*x, fillvalue=0)], 1) for x in sums)
+    by_batch = ([row[name] for row in done.values()] for name in ("reached", "entropy"))
+    reached, nats = (np.sum([*itertools.zip_longest(*x, fillvalue=0)], 1) for x in by_batch)  # [T]
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
     passed = {str(k): [pass_at_k(n, c, k) for c in counts] for k in ks}
     samples = n * len(problems)
@@ -1002,8 +999,8 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
         "n": n, "problems": len(problems), "correct": counts,
         "k": {k: float(np.mean(values)) for k, values in passed.items()},
         "k_error": {k: float(np.std(v) / max(1, len(v) - 1) ** 0.5) for k, v in passed.items()},
-        "cot_entropy": float(H.sum() / reached.sum()),
-        "entropy_by_position": (H / reached).round(4).tolist(),
+        "cot_entropy": float(nats.sum() / reached.sum()),
+        "entropy_by_position": (nats / reached).round(4).tolist(),
         "cot_len": float(reached.sum() / samples),
         "stop_rate": sum(row["stopped"] for row in done.values()) / samples,
     }
@@ -1019,6 +1016,8 @@ def evaluate_choices(policy: Policy, name: str, config: Config) -> dict:
     rows = read_rows(config, name, split)[: config.eval_limit]
     scores = {"accuracy": [], "nll": []}
     for row in tqdm(rows, desc=name, leave=False):
+        if stopping():
+            raise Stopped
         question, options, right = read(row)
         ids, mask = policy.tokenize([question] * len(options))  # [options, P]
         option_ids, option_mask = policy.tokenize(options, special=False, pad="right")
@@ -1230,12 +1229,13 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
 def bench(policy: Policy, config: Config) -> str:
     """Print the table of --bench, medians of three steps after a first one; returns its last row.
 
-    generate() makes as many hard tokens as a rollout may have."""
-    coin = itertools.cycle([True, False])  # judges answers: groups are mixed, rows have a gradient
+    generate() makes as many tokens as a rollout may. mixed_groups 0: train_s has no backward."""
+    coin = itertools.cycle([True, False])  # judges answers in boxes, so that groups are mixed
     problems = load_problems(config, config.task, "train")[: config.prompts]
     problems = [dataclasses.replace(p, equal=lambda *_: next(coin)) for p in problems]
-    optimizer, schedule = make_optimizer(policy, config)
-    columns = "tokens_per_s rollout_s train_s rollout_gib train_gib".split()
+    still = dataclasses.replace(config, lr=1e-30)  # so that the modes meet the same weights
+    optimizer, schedule = make_optimizer(policy, still)
+    columns = "tokens_per_s rollout_s train_s rollout_gib train_gib mixed_groups".split()
     print(" " * 10, *(f"{name:>12}" for name in columns), flush=True)
     for cot in ("hard", "soft", "fuzzy"):
         mode = SETTINGS[f"{cot}_sample"]
@@ -1325,11 +1325,11 @@ def parse(arguments: list[str]) -> Config:
 
 
 def prepare(config: Config, out: Path) -> None:
-    """Make --out-dir; a run that is resumed must be there, with the same settings."""
+    """Make --out-dir; a resumed run must be there, with the same settings but for MAY_CHANGE."""
     there, new = out / "config.json", dataclasses.asdict(config) | {"resume": False}
     if config.resume:
         require(there.is_file(), f"--resume: {out} holds no run; leave --resume out")
-        old = json.loads(there.read_bytes())
+        old = json.loads(there.read_bytes()) | {"out_dir": new["out_dir"]}  # it may have moved
         changed = [flag(k) for k in new if k not in MAY_CHANGE.split() and new[k] != old.get(k)]
         require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
     with explained(OSError, f"--out-dir {out}: can't be made"):
@@ -1412,7 +1412,7 @@ class Torchrun:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
         dist.init_process_group(timeout=datetime.timedelta(hours=2))
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.alone = types.SimpleNamespace(**globals())
+        self.alone = types.SimpleNamespace(**{k: v for k, v in globals().items() if k[0] != "_"})
         globals().update({k: getattr(self, k) for k in vars(Torchrun) if k in vars(self.alone)})
         if self.rank:
             self.folder, bar = tempfile.TemporaryDirectory(), tqdm.__init__

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that read it
@@ -520,6 +522,55 @@ def test_soft_inputs_have_the_type_of_the_embeddings_under_autocast():
     assert (cot.detach() - r.cot.logp).abs().max() < 0.5  # of some hundred nats: bf16 arithmetic
 
 
+def test_head_mixture_and_few_rows_are_exact_under_autocast():
+    policy, E = tiny_policy("llama"), torch.randn(9, 32)
+    policy.mixed = True
+    hidden, linear = torch.randn(4, 32).bfloat16(), nn.Linear(32, 5)
+    with torch.no_grad(), policy.arithmetic():
+        logits = policy.head(hidden)
+        mixed = softcot.mixture(logits[:, :9], 0.5, E)
+        assert softcot.few_rows(linear, hidden.float()).dtype == linear(hidden.float()).dtype
+    oracle = hidden.double() @ policy.model.lm_head.weight.double().T
+    torch.testing.assert_close(logits.double(), oracle, rtol=1e-5, atol=1e-5)
+    oracle = torch.softmax(logits[:, :9].double() / 0.5, -1) @ E.double()
+    torch.testing.assert_close(mixed.double(), oracle, rtol=1e-5, atol=1e-5)
+
+
+def test_a_policy_that_nobody_holds_is_freed():
+    policy = tiny_policy("llama")
+    sample(policy, SETTINGS["soft_sample"])
+    model = weakref.ref(policy.model)
+    del policy
+    gc.collect()
+    assert model() is None
+
+
+def test_keys_and_values_of_rows_that_left_are_held_once():
+    """Live keys and values during a rollout: never much more than those of one whole batch."""
+    policy, most, whole = tiny_policy("llama"), [0], [0]
+    real = softcot.Decoder.feed
+
+    def feed(self, *how, **inputs):
+        out = real(self, *how, **inputs)
+        live = {}
+        for x in gc.get_objects():
+            if type(x) is transformers.cache_utils.DynamicLayer and x.keys is not None:
+                storage = x.keys.untyped_storage()
+                live[storage.data_ptr()] = storage.nbytes()
+        most[0] = max(most[0], sum(live.values()))
+        columns = self.cache.layers[0].keys
+        whole[0] = max(whole[0], 16 / len(columns) * columns.nbytes)
+        return out
+
+    policy.ends = set(range(0, 98, 9))  # many rows end early
+    softcot.Decoder.feed = feed
+    try:
+        sample(policy, SETTINGS["soft_sample"], PROMPTS[2:], seeds_for(16), max_cot=40)
+    finally:
+        softcot.Decoder.feed = real
+    assert most[0] < 1.3 * 2 * whole[0]  # two layers
+
+
 def test_finished_rows_leave_the_batch_and_come_back_for_the_answer():
     tokenizer = char_tokenizer()
     texts = ["ab" * n + " The final answer is: }" for n in (1, 8, 2, 30)]
@@ -786,6 +837,8 @@ def test_a_box_is_read_to_its_own_closing_brace():
     assert softcot.boxed("\\frac{1}{2}} and {more}") == "\\frac{1}{2}"
     assert softcot.boxed("\\{1, 2\\}}") == "\\{1, 2\\}"
     assert softcot.boxed("\\frac{1}{2}") is None
+    assert softcot.boxed("1\\\\} x}") == "1\\\\"  # a line break, then the end
+    assert softcot.boxed("a\\\\{b}} x}") == "a\\\\{b}"
 
 
 # gold answer (from MATH, MATH-500, OlympiadBench), answers that equal it, answers that do not
@@ -819,7 +872,7 @@ LATEX = [
     ("(1,2,3),(1,3,2)", ["(1,3,2),(1,2,3)", "(1,2,3), (1,3,2)"], ["(1,2,3)", "(1,2,3),(1,2,3)"]),
     (r"\frac{1-p^{2}}{3}", [r"\frac{(1-p)(1+p)}{3}", "(1-p^2)/3"], [r"\frac{1+p^2}{3}", "p"]),
     (r"90^{\circ},60^{\circ}", ["60,90", r"90^\circ, 60^\circ"], ["90", "60,60"]),
-    ("4.2 within 1e-1", ["4.2", "4.25", "4.15"], ["4.4", "42", "no idea"]),
+    ("4.2 within 1e-1", ["4.2", "4.25", "4.15", "4.1", "4.3"], ["4.4", "42", "no idea"]),
     ("11\\sqrt{2}", ["11√2", r"11\sqrt2"], ["11", r"2\sqrt{11}"]),
     ("2", ["2", "２"], ["10^{10^{10^{10}}}", "9^{9^{9^{9^{9}}}}", r"\frac{2}{", "x" * 10_000, "2" * 10_000]),
     (r"\sqrt{5}", [r"\sqrt 5", r"5^{1/2}", r"\boxed{\sqrt{5}}"], [r"\sqrt{\sqrt{5", "5", r"\boxed{\boxed{5}}"]),
@@ -843,6 +896,8 @@ def test_latex_answers_are_graded_as_a_labelled_table_says_and_none_can_hang():
     grader.process.kill()  # a dead grader is replaced
     grader.process.wait()
     assert grader.equal("1+1", "2")
+    # Ctrl-C goes to the group of the terminal: the step under way still needs its grader
+    assert os.getpgid(grader.process.pid) != os.getpgrp()
 
 
 def test_gold_answers_are_found_in_the_rows_of_every_data_set():
@@ -864,6 +919,16 @@ def test_a_file_of_ones_own_is_split_three_ways_and_its_faulty_rows_are_counted(
     assert [len(part) for part in parts] == [80, 10, 10]
     assert len({problem.id for part in parts for problem in part}) == 100
     assert "1 without an answer, 1 repeated" in capsys.readouterr().out
+
+
+def test_a_small_file_whose_name_begins_like_the_toy_is_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"{i}?", "answer": i} for i in range(5)]
+    Path("toys.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = softcot.Config(model="m", task="toys.jsonl")
+    parts = [softcot.load_problems(config, config.task, s) for s in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [3, 1, 1]
+    assert {problem.gold for part in parts for problem in part} == set("01234")
 
 
 def test_gsm8k_rows_become_problems_and_validation_is_disjoint_and_stable(tmp_path):
@@ -1116,6 +1181,13 @@ def test_a_resumed_run_may_not_change_its_settings(tiny_folder, tmp_path, capsys
     assert "--lr" in line and "--steps" not in line
 
 
+def test_a_run_that_was_moved_can_be_resumed(tiny_folder, tmp_path):
+    assert tiny_run(tiny_folder, tmp_path / "run", "--steps", "2", "--eval-limit", "0") == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = ("--steps", "2", "--eval-limit", "0", "--resume")
+    assert tiny_run(tiny_folder, tmp_path / "moved", *again) == 0
+
+
 def test_evaluation_alone_runs_what_was_asked_for_and_touches_nothing_else(tiny_folder, tmp_path):
     arguments = f"--eval-only --model {tiny_folder} --out-dir {tmp_path} --eval-limit 5".split()
     assert softcot.main([*arguments, "--eval-settings", "hard_greedy", "soft_greedy"]) == 0
@@ -1303,12 +1375,23 @@ def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_pape
     assert "--report" in capsys.readouterr().err
 
 
-def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(tiny_folder, tmp_path, capsys):
+def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(
+    tiny_folder, tmp_path, capsys, monkeypatch
+):
+    policies = []
+
+    def load_policy(*arguments, real=softcot.load_policy):
+        policies.append(real(*arguments))
+        return policies[0]
+
+    monkeypatch.setattr(softcot, "load_policy", load_policy)
     arguments = f"--bench --model {tiny_folder} --prompts 2 --samples 2 --out-dir {tmp_path}".split()
     assert softcot.main(arguments) == 0
+    for name, weight in load_file(tiny_folder / "model.safetensors").items():
+        assert (policies[0].model.state_dict()[name] - weight).abs().max() < 1e-9
     lines = capsys.readouterr().out.splitlines()[-5:]
     assert [line.split()[0] for line in lines] == ["tokens_per_s", "hard", "soft", "fuzzy", "generate()"]
-    for line, columns in zip(lines[1:], (5, 5, 5, 2)):
+    for line, columns in zip(lines[1:], (6, 6, 6, 2)):
         numbers = [float(x) for x in line.split()[1:]]
         assert len(numbers) == columns and min(numbers) >= 0 and numbers[0] > 0
     assert not list(tmp_path.glob("*.safetensors"))
@@ -1402,6 +1485,18 @@ def test_choices_are_evaluated_from_the_command_line(tiny_folder, tmp_path):
     assert softcot.main([*arguments.split(), "--out-dir", str(tmp_path / "out")]) == 0
     (record,) = read_json(tmp_path / "out" / "eval.json")
     assert record["problems"] == 4 and 0 <= record["accuracy"] <= 1 and record["nll"] > 0
+
+
+def test_a_signal_ends_the_evaluation_of_choices(tiny_folder, tmp_path, capsys, monkeypatch):
+    def log_probs(*arguments, real=softcot.log_probs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(softcot, "log_probs", log_probs)
+    arguments = f"--eval-only --model {tiny_folder} --out-dir {tmp_path} --eval-tasks toy-walk"
+    assert softcot.main(arguments.split()) == 0
+    assert "Stopped. To go on: python softcot.py" in capsys.readouterr().out
+    assert not (tmp_path / "eval.json").exists()
 
 
 def test_the_readme_names_the_line_of_every_equation():
