@@ -926,10 +926,10 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch:
     value; logp_gap: the largest gap of a log-probability here and in the rollout (0 but
     for rounding)."""
     loss, gaps = 0.0, [0.0]
-    for index, A in micro_batches(r, advantages, micro_batch):
+    for index, advantage in micro_batches(r, advantages, micro_batch):
         part = rows_of(r, index)
         cot, answer = log_probs(policy, part)  # [M, T], [M, A]
-        part_loss = -(A * (cot.sum(1) + answer.sum(1))).sum() / len(advantages)
+        part_loss = -(advantage * (cot.sum(1) + answer.sum(1))).sum() / len(advantages)
         part_loss.backward()
         loss += part_loss.item()
         gap = torch.cat([cot - part.cot.logp, answer - part.answer.logp], dim=1).detach()
@@ -1246,13 +1246,13 @@ def bench(policy: Policy, config: Config) -> str:
         print(f"{cot:10}", *(f"{x:12.2f}" for x in medians), flush=True)
     for module in policy.model.modules():
         module.__dict__.pop("forward", None)  # generate() as it comes, without few_rows()
-    prompts, T = [problem.prompt for problem in problems], config.max_cot + config.max_answer
+    prompts, new = [problem.prompt for problem in problems], config.max_cot + config.max_answer
     ids, mask = policy.tokenize([prompt for prompt in prompts for _ in range(config.samples)])
-    how = dict(do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T, attention_mask=mask)
+    how = dict(do_sample=True, top_k=0, min_new_tokens=new, max_new_tokens=new, attention_mask=mask)
     with policy.arithmetic():
         seen = timeit.repeat(lambda: policy.model.generate(ids, **how), number=1, repeat=4)
     s = np.median(seen[1:])
-    return f"generate() {len(ids) * T / s:12.2f} {s:12.2f}"
+    return f"generate() {len(ids) * new / s:12.2f} {s:12.2f}"
 
 
 def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: int,
@@ -1473,7 +1473,7 @@ class Torchrun:
         return whole(r)
 
     def micro_batches(self, r: Rollout, advantages: Tensor, tokens: int):
-        """Some rows of each micro-batch, or row 0 with advantage 0 where there are too few."""
+        """Some rows of each micro-batch and their A; row 0 and A = 0 where there are too few."""
         for index, A in self.alone.micro_batches(r, advantages, tokens * self.world):
             mine, some = slice(self.rank, None, self.world), self.rank < len(index)
             yield (index[mine], A[mine] * self.world) if some else (index[:1], 0 * A[:1])
