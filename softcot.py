@@ -65,7 +65,7 @@ class Stopped(Exception):
     """SIGINT or SIGTERM came, and what had been done by then is saved."""
 
 
-SIGNALS: list[int] = []  # SIGINT and SIGTERM that came
+SIGNALS, SECOND = [], signal.SIG_DFL  # SIGINT and SIGTERM that came; a second one kills
 
 
 def stopping() -> bool:
@@ -705,8 +705,7 @@ def rows_of(x, index: Tensor):
     if isinstance(x, (Part, Rollout)):
         fields = {k: rows_of(v, index) for k, v in vars(x).items()}
         if isinstance(x, Part):
-            used = fields["mask"].any(dim=0).nonzero()  # [.., 1] columns
-            end = used[-1] + 1 if len(used) else 0
+            end = 1 + max(fields["mask"].any(dim=0).nonzero().flatten().tolist(), default=-1)
             fields = {k: v if v is None else v[:, :end] for k, v in fields.items()}
         return type(x)(**fields)
     if isinstance(x, list):
@@ -1382,7 +1381,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     transformers.logging.disable_progress_bar()
     arguments = sys.argv[1:] if arguments is None else arguments
     SIGNALS.clear()
-    note = lambda n, _: (SIGNALS.append(n), signal.signal(n, signal.SIG_DFL))  # a second one kills
+    note = lambda n, _: (SIGNALS.append(n), signal.signal(n, SECOND))
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         config = parse(arguments)
@@ -1405,6 +1404,7 @@ class Torchrun:
     FSDP2 splits weights, gradients and moments over the processes; for sampling the weights are
     whole in each. A method takes the place of the function above that has its name, and calls that.
     All processes go through the same steps, so none waits for another in vain; rank 0 writes."""
+    SECOND = signal.SIG_IGN  # torchrun hands a signal on more than once
 
     def __init__(self):
         """Join the other processes that torchrun started, and put the methods in place."""

@@ -1678,6 +1678,11 @@ def torchrun(processes, command):
     )  # fmt: skip
 
 
+def children(pid):
+    """The processes that a process started."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def assert_nearly_the_same_run(ours, theirs, base):
     """Two folders of runs hold the same metrics, evaluations and weights, up to rounding."""
     pairs = zip(read_lines(ours / "metrics.jsonl"), read_lines(theirs / "metrics.jsonl"), strict=True)
@@ -1722,7 +1727,10 @@ def test_several_processes_do_what_one_does_also_after_a_signal_and_with_another
     while not (many / "metrics.jsonl").exists() or len(read_lines(many / "metrics.jsonl")) < 5:
         assert two.poll() is None, two.stdout.read()
         time.sleep(0.05)
-    two.send_signal(signal.SIGTERM)  # torchrun hands it on
+    (agent,) = children(two.pid)  # of the command timeout
+    for worker in children(agent):  # Ctrl-C reaches them from the terminal and from torchrun
+        os.kill(worker, signal.SIGTERM)
+    two.send_signal(signal.SIGTERM)
     output, _ = two.communicate()
     assert output.count("Stopped. To go on:") == 1, output  # one process of the two speaks
     stopped_after = torch.load(many / "state.pt", weights_only=True)["step"]
