@@ -50,7 +50,7 @@ def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
                 axes.annotate(text, *where, textcoords="offset points", color=c, ha=side)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set(title=name, xlabel="k", ylim=(0, 1.05))
+        axes.set(title=name, xlabel="k", ylim=(0, 1.15), yticks=np.linspace(0, 1, 6))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(f"pass@k on {task} test problems")
     figure.savefig(out / "pass_at_k.png", dpi=110)
