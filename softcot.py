@@ -495,9 +495,10 @@ class Policy:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of last hidden states [..., H]; some models (Gemma 2) bound them."""
-        hidden = hidden.to(self.model.get_input_embeddings().weight.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):  # bf16 has 20 and 20.125 only
-            logits = self.model.get_output_embeddings()(hidden)
+        output = self.model.get_output_embeddings()
+        fp32 = {name: w.float() for name, w in output.named_parameters()}  # bf16: 20, then 20.125
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = torch.func.functional_call(output, fp32, hidden.float())
         bound = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return bound * torch.tanh(logits / bound) if bound else logits
 
@@ -556,7 +557,7 @@ def load_policy(config: Config, source: str) -> Policy:
     with torch.no_grad():
         token = torch.tensor([[tokenizer.eos_token_id]], device=policy.model.device)
         ours = policy.head(policy.model.base_model(input_ids=token).last_hidden_state)
-        known = torch.allclose(ours, model(token).logits, rtol=1e-2, atol=1e-2)
+        known = torch.allclose(ours, model(token).logits.float(), rtol=1e-2, atol=1e-2)
     require(known, f"--model {source}: Policy.head() does not know how it makes its logits")
     return policy
 
@@ -922,8 +923,7 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch:
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
     the whole rollout, so the gradient does not depend on micro_batch (tokens at a time). loss: that
-    value; logp_gap: the largest gap of a log-probability here and in the rollout (0 but
-    for rounding)."""
+    value; logp_gap: largest distance of a log-probability from the rollout's (rounding alone)."""
     loss, gaps = 0.0, [0.0]
     for index, advantage in micro_batches(r, advantages, micro_batch):
         part = rows_of(r, index)
