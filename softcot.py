@@ -102,18 +102,15 @@ SETTINGS = {  # training samples with "<cot>_sample" and validates with "<cot>_g
 def settings_of(config: "Config") -> dict[str, Setting]:
     """The table above; --tau, --sigma-scale and --noise-at change the rows of the mode --cot."""
     cot, tau, noise = config.cot, config.tau, (config.sigma_scale or 0.0, config.noise_at)
-    mine = {f"{cot}_sample": Setting(cot, tau, *noise)}
-    if cot != "hard":
-        mine[f"{cot}_greedy"] = Setting(cot, tau, 0.0)
-    return SETTINGS | mine
+    greedy = Setting(cot, 0.0 if cot == "hard" else tau, 0.0)
+    return SETTINGS | {f"{cot}_greedy": greedy, f"{cot}_sample": Setting(cot, tau, *noise)}
 
 
 # ---- 2. Config: one flag a field ----------------------------------------------------------------
 def option(default, text: str):
     """A Config field with the help text that --help prints."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
+    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**how, metadata={"help": text})
 
 
 def require(ok: bool, message: str) -> None:
@@ -150,7 +147,7 @@ class Config:
     tau: Optional[float] = option(None, "temperature of the CoT's token distribution")
     sigma_scale: Optional[float] = option(None, "noise, in units of the RMS of what it is added to")
     noise_at: Literal["embedding", "hidden", "logits", "topk-logits"] = option(
-        "embedding", "what the noise is added to; only embedding is known to learn well")
+        "embedding", "what the noise is added to; all but embedding are ablations")
     seed: int = option(0, "seed of data order, noise and sampling")
     out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-COT-sSEED)")
     data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
@@ -166,7 +163,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "run layers again in the backward pass: memory")
     dtype: Optional[Literal["fp32", "bf16-mixed", "bf16"]] = option(
         None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic")
-    device: Optional[str] = option(None, "cpu, cuda, ... (default: cuda where there is one)")
+    device: Optional[str] = option(None, "cpu or cuda (default: cuda where there is one)")
     threads: Optional[int] = option(None, "CPU threads (default: PyTorch's)")
 
     def __post_init__(self):
@@ -284,10 +281,9 @@ def same_number(answer: str, gold: str) -> bool:
 
 def judge() -> None:
     """The grading process, a program of its own: for each line [answer, gold] prints if equal."""
-    import json, logging, resource, sys
+    import json, resource, sys
     from math_verify import parse, verify
 
-    logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes; 9^9^9^9 wants more
     print("ready", flush=True)
     for line in sys.stdin:
@@ -387,7 +383,6 @@ TASKS = {
     "olympiadbench": Task(("Hothan/OlympiadBench", "OE_TO_maths_en_COMP"), None, "train",
                           olympiad_gold, LONG, GRADER.equal),
 }  # fmt: skip
-
 
 CHOICES = {  # multiple choice, out of domain: name on the hub, split there and in the local file,
     # and a row's question, options and index of the right one
@@ -523,8 +518,8 @@ class Policy:
 
     def decode(self, ids) -> str:
         """Text of token ids, without special tokens."""
-        clean = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return self.tokenizer.decode(ids, **clean)
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **how)
 
 
 def few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -554,11 +549,12 @@ def load_policy(config: Config, source: str) -> Policy:
             module.forward = partial(recompute, module.forward, use_reentrant=False)
     how = (config.dtype == "bf16-mixed", config.gradient_checkpointing)
     policy = Policy(model.to(config.device).eval(), tokenizer, *how)
-    with torch.no_grad():
-        token = torch.tensor([[tokenizer.eos_token_id]], device=policy.model.device)
-        ours = policy.head(policy.model.base_model(input_ids=token).last_hidden_state)
-        known = torch.allclose(ours, model(token).logits.float(), rtol=1e-2, atol=1e-2)
-    require(known, f"--model {source}: Policy.head() does not know how it makes its logits")
+    strange = f"--model {source}: its embeddings or its head are not those of an ordinary decoder"
+    with torch.no_grad(), explained(Exception, strange):
+        token, decoder = torch.tensor([[tokenizer.eos_token_id]]).to(config.device), Decoder(policy)
+        ours = policy.head(decoder.feed(token >= 0, inputs_embeds=policy.embeddings()[token]))
+        decoder.rows(token[0] >= 0)
+        torch.testing.assert_close(ours, model(token).logits.float(), rtol=1e-2, atol=1e-2)
     return policy
 
 
@@ -922,8 +918,8 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch:
     """Add the gradient of -(1/N) sum_n A_n l_n to the parameters (eqs 8, 13-15); return statistics.
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
-    the whole rollout, so the gradient does not depend on micro_batch (tokens at a time). loss: that
-    value; logp_gap: largest distance of a log-probability from the rollout's (rounding alone)."""
+    the whole rollout, so micro_batch (tokens at a time) changes no gradient but for rounding. loss:
+    that value; logp_gap: largest distance of a log-probability from the rollout's (rounding)."""
     loss, gaps = 0.0, [0.0]
     for index, advantage in micro_batches(r, advantages, micro_batch):
         part = rows_of(r, index)
@@ -949,8 +945,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *how) -> tuple:
     """A rollout of G samples of each of B problems, and its rewards [B, G]; how: see rollout().
 
-    Each sample's noise depends on (labels, problem, sample) alone."""
-    samples = [(problem, g) for problem in problems for g in range(G)]
+    Each sample's noise depends on (labels, problem, sample) alone; a problem may come twice."""
+    before = [problems[:b].count(problem) for b, problem in enumerate(problems)]
+    samples = [(p, n * G + g) for p, n in zip(problems, before) for g in range(G)]
     seeds = [row_seed(*labels, problem.id, g) for problem, g in samples]
     advice = "out of GPU memory in sampling: lower --samples, --prompts or the longest CoT"
     with explained(torch.OutOfMemoryError, advice):
@@ -972,6 +969,7 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
     size = max(1, config.prompts * config.samples // n)  # as many rows as a training rollout has
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     same = [n, size, how, config.seed, config.dtype, [(p.prompt, p.gold) for p in ordered]]
+    same.append(Path(__file__).read_bytes())  # whoever edits this file will want new figures
     same += [w.detach().double().sum().item() for w in policy.model.parameters() if log]
     key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
     done = {row["batch"]: row for row in (read_log(log) if log else []) if row["key"] == key}
@@ -1070,7 +1068,7 @@ def replacing(path: Path):
     with explained((OSError, RuntimeError, SafetensorError), f"{path}: can't be written"):
         shutil.rmtree(part, ignore_errors=True)
         yield part
-        for file in part.iterdir() if part.is_dir() else [part]:
+        for file in [file for file in part.rglob("*") if file.is_file()] or [part]:
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         if part.is_dir() and path.exists():  # a folder can't be renamed to one that has files
@@ -1146,16 +1144,10 @@ class AdamW16(torch.optim.AdamW):
         """Update weights that have a gradient, one by one: few fp32 copies live at a time."""
         (group,) = self.param_groups
         how = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-        for w in group["params"]:
-            if w.grad is None:
-                continue
-            state = self.state[w]
-            if not state:
-                state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(w)}
-                state["exp_avg_sq"] = torch.zeros_like(w)
-            rounded = (w, state["exp_avg"], state["exp_avg_sq"])
+        for w in (w for w in group["params"] if w.grad is not None):
+            rounded = (w, self.state[w]["exp_avg"], self.state[w]["exp_avg_sq"])
             exact, m, v = (x.float() for x in rounded)
-            steps, (beta1, beta2) = [state["step"]], group["betas"]
+            steps, (beta1, beta2) = [self.state[w]["step"]], group["betas"]
             adamw([exact], [w.grad.float()], [m], [v], [], steps, beta1=beta1, beta2=beta2, **how)
             for old, new in zip(rounded, (exact, m, v)):
                 old.copy_(round_by_chance(new))
@@ -1165,6 +1157,9 @@ def make_optimizer(policy: Policy, config: Config) -> tuple:
     """AdamW of all parameters, and its learning rate: linear warm-up, then cosine decay to 0."""
     kind = AdamW16 if config.dtype == "bf16" else torch.optim.AdamW
     optimizer = kind(policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
+    for w in policy.model.parameters():  # or torch's get_state_dict() would make it by a step
+        moments = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[w] = {"step": torch.tensor(0.0), **moments}
     lengths = (config.warmup, config.steps)
     return optimizer, transformers.get_cosine_schedule_with_warmup(optimizer, *lengths)
 
@@ -1471,6 +1466,11 @@ class Torchrun:
             return nn.utils.rnn.pad_sequence(rows, True, padding_side=side).to(x.device)
 
         return whole(r)
+
+    def rewarded(self, *how) -> tuple:
+        """The same, with the rewards of rank 0: the grader of one process may run out of time."""
+        r, rewards = self.alone.rewarded(*how)
+        return r, self.gather(rewards)[0]
 
     def micro_batches(self, r: Rollout, advantages: Tensor, tokens: int):
         """Some rows of each micro-batch and their A; row 0 and A = 0 where there are too few."""

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 
@@ -1090,6 +1091,106 @@ def break_after(patch, step):
 TIMES = ("rollout_s", "train_s", "tokens_per_s", "rollout_gib", "train_gib")
 
 
+def test_a_state_saved_before_the_first_gradient_changes_nothing(tiny_folder, tmp_path):
+    """torch makes missing moments by a step of the optimiser, which Adam would count."""
+
+    def flat(policy, problems, G, labels, *how, real=softcot.rewarded):
+        r, rewards = real(policy, problems, G, labels, *how)
+        return r, rewards * (labels[1:] != (0, 0))  # no mixed group in the first step
+
+    def append(path, row, real=softcot.append_jsonl):
+        real(path, row)
+        if path.name == "metrics.jsonl" and row["step"] == 1:
+            softcot.SIGNALS.append(2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softcot, "rewarded", flat)
+        assert tiny_run(tiny_folder, tmp_path / "whole", "--steps", "40") == 0  # saves each second step
+        with pytest.MonkeyPatch.context() as signalled:
+            signalled.setattr(softcot, "append_jsonl", append)
+            assert tiny_run(tiny_folder, tmp_path / "cut", "--steps", "40") == 0
+        assert len(read_lines(tmp_path / "cut" / "metrics.jsonl")) == 1
+        assert tiny_run(tiny_folder, tmp_path / "cut", "--steps", "40", "--resume") == 0
+    whole, cut = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
+    assert whole[0]["mixed_groups"] == 0 and whole[1]["mixed_groups"] > 0
+    for a, b in zip(whole, cut, strict=True):
+        assert {k: v for k, v in a.items() if k not in TIMES} == {k: b[k] for k in a if k not in TIMES}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_weights_without_a_gradient_are_saved_and_resumed(dtype, tmp_path):
+    """A model may have parts that no text uses: the eyes of one that also sees."""
+    policies = [tiny_policy("llama") for _ in range(2)]
+    states = []
+    for policy in policies:
+        policy.model.eye = nn.Linear(3, 3)
+        policy.model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+        states.append((policy, *softcot.make_optimizer(policy, softcot.Config(dtype=dtype, lr=1e-3, steps=4))))
+    policy, optimizer, schedule = states[0]
+    policy.model(torch.tensor([[3, 4]])).logits.sum().backward()
+    optimizer.step()
+    softcot.save_state(tmp_path / "state.pt", *states[0], 1, 0.5)
+    assert softcot.load_state(tmp_path / "state.pt", *states[1]) == (1, 0.5)
+    for ours, theirs in zip(*(policy.model.parameters() for policy in policies)):
+        assert torch.equal(ours, theirs)
+        a, b = states[0][1].state[ours], states[1][1].state[theirs]
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_an_evaluation_is_done_again_when_the_program_has_changed(tmp_path, monkeypatch):
+    policy, log = tiny_policy("llama"), tmp_path / "log.jsonl"
+    config = softcot.filled(softcot.Config(eval_max_cot=3, max_answer=2))[0]
+    problems = [Problem(0, "Hi", "1", lambda *_: True)]
+    how = (policy, problems, SETTINGS["hard_greedy"], config, 1, log)
+    for _ in range(2):
+        softcot.evaluate(*how)
+        assert len(read_lines(log)) == 1
+    edited = tmp_path / "softcot.py"
+    edited.write_text(Path(softcot.__file__).read_text() + "# a new thought\n")
+    monkeypatch.setattr(softcot, "__file__", str(edited))
+    softcot.evaluate(*how)
+    assert len(read_lines(log)) == 2
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved(tiny_folder, tmp_path):
+    config = softcot.filled(softcot.Config(cot="hard"))[0]
+    policy = softcot.load_policy(config, str(tiny_folder))
+    policy.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    softcot.checkpoint(policy, config, tmp_path, [], 1, 0.0)
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert saved.chat_template == policy.tokenizer.chat_template
+
+
+def test_a_problem_that_comes_twice_in_a_step_has_other_noise_the_second_time():
+    policy = tiny_policy("llama")
+    problems = [Problem(i, "Hi", "1", lambda *_: False) for i in (7, 8)]
+    how = ((5, 0, 0), SETTINGS["soft_sample"], 4, 2, 1.0)
+    (first, _), (twice, _) = (
+        softcot.rewarded(policy, which, 2, *how) for which in (problems, [*problems, problems[0]])
+    )
+    assert torch.equal(first.cot.ids[:4], twice.cot.ids[:4])
+    for n, m in itertools.combinations(range(6), 2):
+        assert not torch.equal(twice.cot.x[n], twice.cot.x[m])
+
+
+def test_processes_agree_on_rewards_even_if_a_grader_ran_out_of_time():
+    alone = types.SimpleNamespace(rewarded=lambda *how: ("rollout", np.array([[100.0, 10.0]])))
+    of_rank_0 = np.array([[100.0, 100.0]])
+    rank_1 = types.SimpleNamespace(alone=alone, gather=lambda mine: [of_rank_0, mine])
+    assert softcot.Torchrun.rewarded(rank_1, 1, 2) == ("rollout", of_rank_0)
+
+
+def test_a_model_that_cannot_be_fed_soft_tokens_is_refused_in_one_line(tmp_path, capsys):
+    """Mamba has no keys and values."""
+    tokenizer = toy_tasks.make_tokenizer()
+    size = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, eos_token_id=1)
+    config = transformers.MambaConfig(**size, state_size=4, expand=1, pad_token_id=0)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert tiny_run(tmp_path, tmp_path / "out") == 2
+    assert "not those of an ordinary decoder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("cot", ["soft", "fuzzy", "hard"])
 def test_the_same_seed_gives_the_same_run_and_resume_continues_it_to_the_bit(
     cot, tiny_folder, tmp_path
@@ -1447,6 +1548,8 @@ def test_bf16_weights_move_at_a_small_learning_rate_and_by_the_right_mean():
         torch.manual_seed(0)
         w = nn.Parameter(torch.full((200_000,), 0.013).to(dtype))
         optimizer = kind([w], lr=3e-6, betas=softcot.BETAS, weight_decay=0.0)
+        moments = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[w] = {"step": torch.tensor(0.0), **moments}
         start = w.detach().clone()
         for _ in range(3):
             w.grad = torch.full_like(w, 2.0)

@@ -46,7 +46,7 @@ STOP_ROUND, STOP_OTHER = 0.54, 0.30  # chance to stop after a total that is, is 
 
 
 def all_sums(name: str) -> Tensor:
-    """Every sum of "toy" or "toy-large" in an order that is always the same: [number, TERMS], int64.
+    """Every sum of "toy" or "toy-large" in an order that is always the same [number, TERMS], int64.
 
     Those of "toy-large" have a number that is too large for "toy". The first TEST are for testing,
     the next TRAIN of "toy" for reinforcement learning; pretraining draws from all but the first.
@@ -72,7 +72,7 @@ def walks(count: int, generator: torch.Generator) -> Tensor:
 
 
 def rows(name: str, split: str) -> list[dict]:
-    """The "train" or "test" rows of "toy", "toy-large" (only "test") or "toy-walk", like a data set."""
+    """The "train" or "test" rows of "toy", "toy-large" (only "test") or "toy-walk", as a data set."""
     if name in LARGEST:
         chosen = all_sums(name)[:TEST] if split == "test" else all_sums(name)[TEST : TEST + TRAIN]
         return [
@@ -89,12 +89,15 @@ def rows(name: str, split: str) -> list[dict]:
     return found
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words: `3`, `+5`, `=`, `17 ` (a total of the CoT), the stop phrase."""
+def make_tokenizer(unused: int = 0) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words: `3`, `+5`, `=`, `17 ` (a total of the CoT), the stop phrase.
+
+    unused: so many more words, which no text uses."""
     largest = max(LARGEST.values())
     numbers = [str(i) for i in range(TERMS * largest + 1)]
     words = ["<pad>", "<eos>", "<unk>", "=", "The final answer is:", " \\boxed{", "}"]
     words += [f"+{i}" for i in range(1, largest + 1)] + numbers + [n + " " for n in numbers]
+    words += [f"<unused{i}>" for i in range(unused)]
     split = Regex(r"The final answer is:| \\boxed\{|[0-9]+ (?!\\)|[+]?[0-9]+|.")
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(split, behavior="isolated")
@@ -169,11 +172,13 @@ def pretraining_batch(vocab: dict[str, int], generator: torch.Generator) -> tupl
     return ids, torch.cat(labels)
 
 
-def pretrain(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train the base model from scratch on CoTs with the habit: next-token loss, noisy embeddings."""
+def pretrain(seed: int = 0, unused: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Train the base model from scratch on CoTs with the habit: next-token loss, noisy embeddings.
+
+    unused: words of its vocabulary that no text uses."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(unused)
     vocab = tokenizer.get_vocab()
     config = LlamaConfig(
         vocab_size=len(vocab),

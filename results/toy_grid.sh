@@ -1,12 +1,23 @@
 #!/usr/bin/env bash
 # Run the toy grid, two runs at a time, and keep its outcome in results/toy: hard, fuzzy and soft
-# training with seeds 0, 1, 2 in six settings, and soft training with other noise and seeds 0, 1.
+# training with seeds 0, 1, 2 in six settings, soft training with other noise and seeds 0, 1, and the
+# same with noise on the logits of a toy that has more words (results/more_words.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs/grid results/toy
 python softcot.py --eval-only --eval-settings hard_greedy --out-dir runs/grid-base  # pretrains once
+python results/more_words.py runs/grid-words
 
 jobs() {
+    more="--task toy --eval-settings hard_greedy --model runs/grid-words"
+    for seed in 0 1; do
+        for words in 16000 4000 1000 0; do
+            echo "words$words-logits-s$seed --noise-at logits --seed $seed $more/$words"
+        done
+        for where in embedding hidden topk-logits; do
+            echo "words4000-$where-s$seed --noise-at $where --seed $seed $more/4000"
+        done
+    done
     for seed in 0 1 2; do
         for cot in soft hard fuzzy; do
             echo "$cot-s$seed --cot $cot --seed $seed --eval-tasks toy toy-large toy-walk"
