@@ -81,12 +81,12 @@ def shown(gap: tuple[float, float, float]) -> str:
 
 
 def training(folders: list[str], name: str) -> tuple[float, float, float]:
-    """Success in the first and in the last ten steps, in %, and gradient norm: means over seeds."""
+    """Success in the first and in the last ten steps, in %, gradient norm in the first: means over seeds."""
     runs = [Path(folder) for folder in folders if Path(folder).name.rsplit("-s", 1)[0] == name]
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
     rows = [[json.loads(line) for line in run] for run in lines]
     success = 100 * np.array([[row["success"] for row in run] for run in rows])
-    norm = np.mean([[row["grad_norm"] for row in run] for run in rows])
+    norm = np.mean([[row["grad_norm"] for row in run[:10]] for run in rows])
     return success[:, :10].mean(), success[:, -10:].mean(), norm
 
 
@@ -184,7 +184,7 @@ def main(folders: list[str]) -> None:
             a, b = (grid.values(run, "toy", "hard_greedy") for run in (name, base))
             first, last, norm = training(folders, name)
             print(f"{claim}: hard greedy {b.mean():.1f} -> {a.mean():.1f}, {shown(grid.gap(a, b))};")
-            print(f"   success in training {first:.1f} -> {last:.1f}, gradient norm {norm:,.0f}")
+            print(f"   success in training {first:.1f} -> {last:.1f}, gradient norm at first {norm:,.0f}")
 
 
 if __name__ == "__main__":

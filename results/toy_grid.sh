@@ -10,10 +10,12 @@ python results/more_words.py runs/grid-words
 
 jobs() {
     more="--task toy --eval-settings hard_greedy --model runs/grid-words"
-    for seed in 0 1; do
+    for seed in 0 1 2; do
         for words in 16000 4000 1000 0; do
             echo "words$words-logits-s$seed --noise-at logits --seed $seed $more/$words"
         done
+    done
+    for seed in 0 1; do
         for where in embedding hidden topk-logits; do
             echo "words4000-$where-s$seed --noise-at $where --seed $seed $more/4000"
         done
