@@ -80,14 +80,15 @@ def shown(gap: tuple[float, float, float]) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gap)
 
 
-def training(folders: list[str], name: str) -> tuple[float, float, float]:
-    """Success in the first and in the last ten steps, in %, gradient norm in the first: means over seeds."""
+def training(folders: list[str], name: str) -> str:
+    """Success in the first and in the last ten steps, in %, and gradient norm in the first; a run a seed."""
     runs = [Path(folder) for folder in folders if Path(folder).name.rsplit("-s", 1)[0] == name]
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
     rows = [[json.loads(line) for line in run] for run in lines]
     success = 100 * np.array([[row["success"] for row in run] for run in rows])
     norm = np.mean([[row["grad_norm"] for row in run[:10]] for run in rows])
-    return success[:, :10].mean(), success[:, -10:].mean(), norm
+    last = " ".join(f"{x:.1f}" for x in success[:, -10:].mean(1))
+    return f"success in training {success[:, :10].mean():.1f} -> {last}, gradient norm {norm:,.0f} at first"
 
 
 def scalar(grid: Grid, run: str, task: str, setting: str, key: str) -> np.ndarray:
@@ -182,9 +183,8 @@ def main(folders: list[str]) -> None:
     for name, base, claim in runs:
         if (name, "toy", "hard_greedy") in grid.found:
             a, b = (grid.values(run, "toy", "hard_greedy") for run in (name, base))
-            first, last, norm = training(folders, name)
             print(f"{claim}: hard greedy {b.mean():.1f} -> {a.mean():.1f}, {shown(grid.gap(a, b))};")
-            print(f"   success in training {first:.1f} -> {last:.1f}, gradient norm at first {norm:,.0f}")
+            print(f"   {training(folders, name)}")
 
 
 if __name__ == "__main__":
