@@ -742,15 +742,18 @@ class Dynamics(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(3, 1, _weight=torch.tensor([[-1.0], [0.2], [1.5]]))
-        self.a = nn.Parameter(torch.tensor([0.5, -1.0, 0.8]))
-        self.c = nn.Parameter(torch.tensor([0.1, 0.3, -0.2]))
+        self.head = nn.Linear(1, 3)
+        self.head.load_state_dict(
+            {"weight": torch.tensor([[0.5], [-1.0], [0.8]]), "bias": torch.tensor([0.1, 0.3, -0.2])}
+        )
+        self.a, self.c = self.head.weight, self.head.bias
         self.device, self.config = torch.device("cpu"), transformers.LlamaConfig()
 
     def get_input_embeddings(self):
         return self.embed
 
     def get_output_embeddings(self):
-        return lambda hidden: hidden * self.a + self.c
+        return self.head
 
     def base_model(self, input_ids=None, inputs_embeds=None, **_):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -771,7 +774,7 @@ def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_re
     grid = torch.linspace(-4, 4, 1601, dtype=torch.float64)
 
     def density(x, past):
-        mean = torch.softmax((past[:, None] * a + c) / tau, -1) @ E  # [len(past), 1]
+        mean = torch.softmax((past[:, None] * a[:, 0] + c) / tau, -1) @ E  # [len(past), 1]
         z = (x[None] - mean) / sigma
         return torch.exp(-(z**2) / 2) / (sigma * math.sqrt(2 * math.pi))
 
@@ -789,7 +792,7 @@ def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_re
         x = torch.full((N, 1, 1), start)
         inputs = []
         for _ in range(2):
-            mean = softcot.mixture(x * model.a + model.c, tau, model.embed.weight).detach()
+            mean = softcot.mixture(model.head(x), tau, model.embed.weight).detach()
             x = mean + sigma * torch.randn(N, 1, 1)
             inputs.append(x)
         inputs = torch.cat(inputs, 1)

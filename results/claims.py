@@ -174,7 +174,7 @@ def main(folders: list[str]) -> None:
         print(f"   by position, {run}: {' '.join(f'{h:.2f}' for h in profile)}")
     where = {"embedding": "the embedding", "hidden": "the last hidden state"}
     where |= {"logits": "the logits", "topk-logits": "the top 5 logits"}
-    runs = [("soft-sigma1", "base", "7. toy: noise 1"), ("soft-sigma3", "base", "7. toy: noise 3")]
+    runs = [(f"soft-sigma{x}", "base", f"7. toy: noise {x} on the embedding") for x in ("0.1", "1", "3")]
     runs += [("soft", "base", "7, 8. toy: noise 0.33 on the embedding")]
     runs += [(f"soft-{at}", "base", f"8. toy: noise on {where[at]}") for at in where]
     for words in (0, 1000, 4000, 16000):

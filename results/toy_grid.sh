@@ -26,7 +26,7 @@ jobs() {
         done
     done
     for seed in 0 1; do
-        for sigma in 1 3; do
+        for sigma in 0.1 1 3; do
             echo "soft-sigma$sigma-s$seed --seed $seed --sigma-scale $sigma --eval-settings hard_greedy"
         done
         for where in hidden logits topk-logits; do
