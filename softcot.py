@@ -167,10 +167,9 @@ class Config:
     threads: Optional[int] = option(None, "CPU threads (default: PyTorch's)")
 
     def __post_init__(self):
-        least = {"samples": 2, "warmup": 0, "seed": 0, "eval_limit": 0}
         for name, value in vars(self).items():
             if type(value) is int:
-                low = least.get(name, 1)
+                low = {"samples": 2, "warmup": 0, "seed": 0, "eval_limit": 0}.get(name, 1)
                 require(value >= low, f"{flag(name)} {value} is too small: give {low} or more")
             if type(value) is float:
                 require(0 < value < math.inf, f"{flag(name)} {value}: give a positive number")
@@ -1224,6 +1223,7 @@ def bench(policy: Policy, config: Config) -> str:
     """Print the table of --bench, medians of three steps after a first one; returns its last row.
 
     generate() makes as many tokens as a rollout may. mixed_groups 0: train_s has no backward."""
+    list(map(signal.signal, (signal.SIGINT, signal.SIGTERM), [signal.SIG_DFL] * 2))  # may end it
     coin = itertools.cycle([True, False])  # judges answers in boxes, so that groups are mixed
     problems = load_problems(config, config.task, "train")[: config.prompts]
     problems = [dataclasses.replace(p, equal=lambda *_: next(coin)) for p in problems]

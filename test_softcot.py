@@ -1515,6 +1515,18 @@ def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_bench_at_once(number, tiny_folder, tmp_path):
+    arguments = "--bench --prompts 64 --samples 256 --threads 1 --out-dir".split()
+    command = [sys.executable, "softcot.py", "--model", str(tiny_folder), *arguments, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) as run:
+        while "tokens_per_s" not in run.stdout.readline():  # then it is in the middle
+            assert run.poll() is None
+        run.send_signal(number)
+        rest = run.stdout.read()
+    assert run.returncode == -number and "generate()" not in rest
+
+
 def test_the_bench_and_a_model_that_is_not_there_leave_the_files_of_a_run_alone(tiny_folder, tmp_path):
     files = {"metrics.jsonl": "a", "state.pt": "b", "config.json": "{}", "eval.json": "[]"}
     for name, text in files.items():
