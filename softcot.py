@@ -504,9 +504,8 @@ class Policy:
 
     def tokenize(self, texts: list[str], special=True, pad="left") -> tuple[Tensor, Tensor]:
         """Padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
-        batch = self.tokenizer(
-            texts, padding=True, padding_side=pad, return_tensors="pt", add_special_tokens=special
-        ).to(self.model.device)
+        how = dict(padding=True, padding_side=pad, return_tensors="pt", add_special_tokens=special)
+        batch = self.tokenizer(texts, **how).to(self.model.device)
         return batch.input_ids, batch.attention_mask.bool()
 
     @cached_property
@@ -537,8 +536,9 @@ def load_policy(config: Config, source: str) -> Policy:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left")
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
-    enough = len(tokenizer) <= model.get_input_embeddings().num_embeddings
-    require(enough, f"--model {source}: its tokenizer has more tokens than it has embeddings")
+    added, V = tokenizer.added_tokens_decoder, model.get_input_embeddings().num_embeddings
+    others = sum(id >= V and token.special for id, token in added.items())  # images, say: not text
+    require(len(tokenizer) - others <= V, f"--model {source}: its tokenizer is larger than it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     for module in model.modules():

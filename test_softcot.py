@@ -1183,6 +1183,20 @@ def test_processes_agree_on_rewards_even_if_a_grader_ran_out_of_time():
     assert softcot.Torchrun.rewarded(rank_1, 1, 2) == ("rollout", of_rank_0)
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_tokens_without_an_embedding_are_refused_unless_no_text_has_them(
+    special, tiny_folder, tmp_path, capsys
+):
+    """The tokenizer of some text-only models knows a token for images, which they have not."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    status = tiny_run(folder, tmp_path / "out", "--eval-only", "--eval-settings", "soft_greedy")
+    assert status == (0 if special else 2)
+    assert ("its tokenizer is larger" in capsys.readouterr().err) != special
+
+
 def test_a_model_that_cannot_be_fed_soft_tokens_is_refused_in_one_line(tmp_path, capsys):
     """Mamba has no keys and values."""
     tokenizer = toy_tasks.make_tokenizer()
