@@ -368,11 +368,12 @@ VALIDATION = 128  # problems held out of a training split to choose the checkpoi
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory"
 SUBJECTS += " prealgebra precalculus"
 SHORT, LONG = PAPER_STEP | {"max_cot": 128}, PAPER_STEP | {"max_cot": 512}
+TOY = plain_gold, toy_tasks.DEFAULTS, same_number, "QUESTION"
 
 TASKS = {
-    "toy": Task((), "train", "test", plain_gold, toy_tasks.DEFAULTS, same_number, "QUESTION",
-                fuzzy_tau=0.1),
-    "toy-large": Task((), None, "test", plain_gold, toy_tasks.DEFAULTS, same_number, "QUESTION"),
+    "toy": Task((), "train", "test", *TOY, fuzzy_tau=0.1),
+    "toy-large": Task((), None, "test", *TOY),
+    "toy-round": Task((), None, "test", *TOY),
     "gsm8k": Task(("openai/gsm8k", "main"), "train", "test", plain_gold, SHORT, same_number),
     "math": Task(("EleutherAI/hendrycks_math", *SUBJECTS.split()), "train", "test", math_gold, LONG,
                  GRADER.equal, test_on="math500"),
@@ -383,8 +384,7 @@ TASKS = {
                           olympiad_gold, LONG, GRADER.equal),
 }  # fmt: skip
 
-CHOICES = {  # multiple choice, out of domain: name on the hub, split there and in the local file,
-    # and a row's question, options and index of the right one
+CHOICES = {  # multiple choice: name on the hub, split, a row's question, options, right index
     "toy-walk": ((), "test", lambda row: (row["question"], row["options"], row["answer"])),
     "hellaswag": (("Rowan/hellaswag",), "validation", lambda row: (
         row["ctx"], [" " + text for text in row["endings"]], int(row["label"]))),

@@ -983,12 +983,17 @@ def test_toy_problems_for_testing_are_not_among_those_for_training():
         rows = toy_tasks.rows(name, "test")
         test, pool = {row["question"] for row in rows}, toy_tasks.pool(name)
         assert len(test) == toy_tasks.TEST and not train & test
-        assert not test & {"+".join(map(str, terms)) + "=" for terms in pool.tolist()}
+        end = toy_tasks.EQUALS[name]
+        assert not test & {"+".join(map(str, terms)) + end for terms in pool.tolist()}
         assert len(pool) + len(test) == largest**6 - (5**6 if name == "toy-large" else 0)
         for row in rows[:20]:
-            terms = [int(n) for n in row["question"][:-1].split("+")]
-            assert sum(terms) == int(row["answer"]) and len(terms) == 6 and max(terms) <= largest
-            assert name == "toy" or max(terms) > 5
+            terms = [int(n) for n in row["question"].removesuffix(end).split("+")]
+            assert len(terms) == 6 and max(terms) <= largest
+            assert name != "toy-large" or max(terms) > 5
+            if name != "toy-round":
+                assert int(row["answer"]) == sum(terms)
+    answers = [toy_tasks.answer("toy-round", x) for x in ([3, 2, 5, 1], [3, 1, 1, 5], [1, 2, 3])]
+    assert answers == [5, 5, 6]  # at once, on the way, none: all of it
 
 
 def test_toy_walks_go_on_by_one_and_wrong_answers_jump():
@@ -1002,14 +1007,14 @@ def test_toy_walks_go_on_by_one_and_wrong_answers_jump():
 def test_toy_pretraining_text_is_what_the_tokenizer_reads():
     tokenizer = toy_tasks.make_tokenizer()
     generator = torch.Generator().manual_seed(0)
-    stops = {True: [], False: []}
     for name in toy_tasks.LARGEST:
-        terms = toy_tasks.all_sums(name)[:200]
-        ids, labels = toy_tasks.sum_texts(terms, tokenizer.get_vocab(), generator)
+        stops = {True: [], False: []}
+        terms = toy_tasks.all_sums(name)[:500]
+        ids, labels = toy_tasks.sum_texts(name, terms, tokenizer.get_vocab(), generator)
         for row, target, numbers in zip(ids, labels, terms.tolist()):
             text = tokenizer.decode(row, skip_special_tokens=True)
             question, _, reply = text.partition("=")
-            assert question == "+".join(map(str, numbers))
+            assert question + "=" == "+".join(map(str, numbers)) + toy_tasks.EQUALS[name]
             thought, _, answer = reply.partition("The final answer is: \\boxed{")
             totals = [int(t) for t in thought.split()]
             assert totals == list(itertools.accumulate(numbers))[1 : len(totals) + 1]
@@ -1019,8 +1024,8 @@ def test_toy_pretraining_text_is_what_the_tokenizer_reads():
             assert tokenizer(text).input_ids == row[: len(tokenizer(text).input_ids)].tolist()
             for i, total in enumerate(totals[: toy_tasks.TERMS - 2]):
                 stops[total % 5 == 0].append(i == len(totals) - 1)
-    assert abs(np.mean(stops[True]) - toy_tasks.STOP_ROUND) < 0.12
-    assert abs(np.mean(stops[False]) - toy_tasks.STOP_OTHER) < 0.08
+        seen = [np.mean(stops[multiple]) for multiple in (True, False)]
+        assert np.allclose(seen, toy_tasks.STOP[name], atol=0.06)
     ids, labels = toy_tasks.walk_texts(50, tokenizer.get_vocab(), generator)
     for row, target in zip(ids, labels):
         text = tokenizer.decode(row)

@@ -7,10 +7,16 @@ box the last total they have, most often after a multiple of five, as if a round
 the end. To stop there is a close call for the model (54 to 46), elsewhere it rather goes on (30 to
 70): so noise can tip the balance, and reinforcement learning can find out that thinking longer pays.
 
-It was pretrained on two more kinds of text, which reinforcement learning never sees: sums of larger
-numbers, with the same habit (task toy-large: does the lesson carry over?), and random walks, `9 10 9
-8 =7 8 9 8`, each number one more or one less with equal chance (toy-walk: is a skill that has nothing
-to do with sums kept? nobody can do better than ln 2 = 0.693 nats a number).
+It was pretrained on three more kinds of text, which reinforcement learning never sees:
+
+    toy-large   sums of larger numbers, with the same habit: does the lesson carry over?
+    toy-round   `3+1+5+2+4+2 to a round total=4 9 11 15 The final answer is: \\boxed{15}`: here one
+                should stop at the first multiple of five (if there is none, at the end), which the
+                model often does (75 to 25; elsewhere 10 to 90): is a skill kept that the lesson,
+                always to go on, contradicts?
+    toy-walk    random walks, `9 10 9 8 =7 8 9 8`, each number one more or one less with equal
+                chance: is a skill kept that has nothing to do with sums? (Nobody can do better
+                than ln 2 = 0.693 nats a number.)
 
 The model is a one-layer Llama with a real `transformers` tokenizer, so that it runs through the same
 code as a model of 8B. Two things make it behave like a large pretrained one under soft tokens: some
@@ -19,6 +25,7 @@ noise on its input embeddings in pretraining, and embeddings that are small besi
 """
 
 import fcntl
+import itertools
 import math
 import os
 import shutil
@@ -32,24 +39,27 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TERMS = 6  # numbers in a sum
-LARGEST = {"toy": 5, "toy-large": 8}  # of these numbers
+LARGEST = {"toy": 5, "toy-large": 8, "toy-round": 5}  # of these numbers
+EQUALS = {"toy": "=", "toy-large": "=", "toy-round": " to a round total="}  # end of a question
 TEST, TRAIN = 256, 2048  # problems
 GIVEN, ASKED = 4, 4  # numbers of a walk in the question and in the answer
 JUMP = 5  # somewhere in a wrong answer
 STEPS, PEAK_LR = 800, 6e-3  # pretraining
-BATCH = {"toy": 144, "toy-large": 96, "toy-walk": 24}  # of each kind of text
+BATCH = {"toy": 144, "toy-large": 72, "toy-round": 48, "toy-walk": 24}  # of each kind of text
 NOISE = 0.1  # largest noise on the embeddings in pretraining, in units of their RMS
 EMBEDDING_RMS = 0.005
 DEFAULTS = dict(steps=100, prompts=32, samples=32, max_cot=9, max_answer=3, lr=5e-5)  # of softcot
 DEFAULTS |= dict(eval_max_cot=9, eval_k=32, eval_limit=128, micro_batch=2**15)
-STOP_ROUND, STOP_OTHER = 0.54, 0.30  # chance to stop after a total that is, is not, a multiple of 5
+# Chance to stop after a total that is, is not, a multiple of 5
+STOP = {"toy": (0.54, 0.30), "toy-large": (0.54, 0.30), "toy-round": (0.75, 0.10)}
 
 
 def all_sums(name: str) -> Tensor:
-    """Every sum of "toy" or "toy-large" in an order that is always the same [number, TERMS], int64.
+    """Every sum of a kind in an order that is always the same [number, TERMS], int64.
 
-    Those of "toy-large" have a number that is too large for "toy". The first TEST are for testing,
-    the next TRAIN of "toy" for reinforcement learning; pretraining draws from all but the first.
+    Those of "toy-large" have a number that is too large for "toy"; "toy-round" has those of "toy".
+    The first TEST are for testing, the next TRAIN of "toy" for reinforcement learning; pretraining
+    draws from all but the first.
     """
     sums = torch.cartesian_prod(*[torch.arange(1, LARGEST[name] + 1)] * TERMS)
     if name == "toy-large":
@@ -71,12 +81,19 @@ def walks(count: int, generator: torch.Generator) -> Tensor:
     return torch.cat([first, first + steps.cumsum(1)], dim=1)
 
 
+def answer(name: str, terms: list[int]) -> int:
+    """The total that a question asks for: toy-round the first multiple of 5, if any, else the last."""
+    totals = list(itertools.accumulate(terms))[1:]
+    multiples = [total for total in totals if name == "toy-round" and total % 5 == 0]
+    return (multiples or totals[-1:])[0]
+
+
 def rows(name: str, split: str) -> list[dict]:
-    """The "train" or "test" rows of "toy", "toy-large" (only "test") or "toy-walk", as a data set."""
+    """The rows of a kind as a data set: "train" ("toy" alone) or "test"."""
     if name in LARGEST:
         chosen = all_sums(name)[:TEST] if split == "test" else all_sums(name)[TEST : TEST + TRAIN]
         return [
-            {"question": "+".join(map(str, terms)) + "=", "answer": str(sum(terms))}
+            {"question": "+".join(map(str, terms)) + EQUALS[name], "answer": str(answer(name, terms))}
             for terms in chosen.tolist()
         ]
     generator = torch.Generator().manual_seed(1)
@@ -95,10 +112,11 @@ def make_tokenizer(unused: int = 0) -> PreTrainedTokenizerFast:
     unused: so many more words, which no text uses."""
     largest = max(LARGEST.values())
     numbers = [str(i) for i in range(TERMS * largest + 1)]
-    words = ["<pad>", "<eos>", "<unk>", "=", "The final answer is:", " \\boxed{", "}"]
+    words = ["<pad>", "<eos>", "<unk>", *sorted(set(EQUALS.values()))]
+    words += ["The final answer is:", " \\boxed{", "}"]
     words += [f"+{i}" for i in range(1, largest + 1)] + numbers + [n + " " for n in numbers]
     words += [f"<unused{i}>" for i in range(unused)]
-    split = Regex(r"The final answer is:| \\boxed\{|[0-9]+ (?!\\)|[+]?[0-9]+|.")
+    split = Regex(r" to a round total=|The final answer is:| \\boxed\{|[0-9]+ (?!\\)|[+]?[0-9]+|.")
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(split, behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -113,16 +131,16 @@ def make_tokenizer(unused: int = 0) -> PreTrainedTokenizerFast:
 
 
 def sum_texts(
-    terms: Tensor, vocab: dict[str, int], generator: torch.Generator
+    name: str, terms: Tensor, vocab: dict[str, int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Token ids [N, L] of sums with CoTs and answers, and labels: -100 on question and padding.
 
-    terms [N, n]. A CoT breaks off after a total with the probabilities above; the answer is then
+    terms [N, n]. A CoT breaks off after a total with the probabilities of STOP; the answer is then
     that total. L = n + 1 tokens of question, n - 1 totals, 5 tokens of answer.
     """
     N, n = terms.shape
     totals = terms.cumsum(1)[:, 1:]  # [N, n-1]
-    chance = torch.where(totals % 5 == 0, STOP_ROUND, STOP_OTHER)
+    chance = torch.where(totals % 5 == 0, *STOP[name])
     stop = torch.rand(totals.shape, generator=generator) < chance
     stop[:, -1] = True
     last = stop.int().argmax(1, keepdim=True)  # [N, 1] where the CoT ends
@@ -139,7 +157,7 @@ def sum_texts(
     written = ending.gather(1, (column - last - 1).clamp(0, 4))
     reply = torch.where(column <= last, thought, written)
     reply = torch.where(column <= last + 5, reply, vocab["<pad>"])
-    equals = torch.full((N, 1), vocab["="])
+    equals = torch.full((N, 1), vocab[EQUALS[name]])
     question = torch.cat([vocab["0"] + terms[:, :1], vocab["+1"] - 1 + terms[:, 1:], equals], dim=1)
     labels = torch.where(column <= last + 5, reply, -100)
     return torch.cat([question, reply], 1), torch.cat([torch.full_like(question, -100), labels], 1)
@@ -161,7 +179,7 @@ def pretraining_batch(vocab: dict[str, int], generator: torch.Generator) -> tupl
     for name in LARGEST:
         sums = pool(name)
         chosen = torch.randint(len(sums), (BATCH[name],), generator=generator)
-        kinds.append(sum_texts(sums[chosen], vocab, generator))
+        kinds.append(sum_texts(name, sums[chosen], vocab, generator))
     kinds.append(walk_texts(BATCH["toy-walk"], vocab, generator))
     longest = max(ids.shape[1] for ids, _ in kinds)
     pad = nn.functional.pad

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from softcot import COLORS
 
 COTS = ("hard", "fuzzy", "soft")
+SUMS = ("toy", "toy-large", "toy-round")
 SETTINGS = [f"{cot}_{how}" for cot in COTS for how in ("greedy", "sample")]
 
 
@@ -97,35 +98,50 @@ def scalar(grid: Grid, run: str, task: str, setting: str, key: str) -> np.ndarra
     return np.array([records[seed][key] for seed in sorted(records)])
 
 
-def draw(folders: list[str], path: Path) -> None:
-    """Success rate and CoT length over the steps of training: mean of the seeds, and their range."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+def draw(grid: Grid, folders: list[str], path: Path) -> None:
+    """Success and CoT length over the steps of training, and pass@k out of domain, of all seeds."""
+    figure = Figure(figsize=(11.5, 3.4), layout="constrained")
     panels = {"success": "success rate, sampled CoT", "cot_len": "CoT length (tokens)"}
-    for axes, (key, label) in zip(figure.subplots(1, 2), panels.items()):
-        for cot, style, shift in zip(COTS, ("--", ":", "-"), (-12, 0, 6)):  # shift: of labels, points
+    *training, beyond = figure.subplots(1, 3)
+    lines = {"base": "-.", "hard": "--", "fuzzy": ":", "soft": "-"}
+
+    def curve(axes, x, values, run: str, shift: float) -> None:
+        """Mean over the seeds [seeds, len(x)], their range, and the name at the end, shifted by points."""
+        axes.plot(x, values.mean(0), linestyle=lines[run], color=COLORS[run])
+        axes.fill_between(x, values.min(0), values.max(0), color=COLORS[run], alpha=0.2, lw=0)
+        end = (x[-1], values.mean(0)[-1])
+        axes.annotate(run, end, (5, shift), textcoords="offset points", color=COLORS[run])
+
+    for axes, (key, label) in zip(training, panels.items()):
+        for cot, shift in zip(COTS, (-2, -12, 8)):
             runs = [Path(f) for f in folders if Path(f).name.rsplit("-s", 1)[0] == cot]
-            lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
-            values = np.array([[json.loads(line)[key] for line in run] for run in lines])
+            logs = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
+            values = np.array([[json.loads(line)[key] for line in run] for run in logs])
             smooth = np.array([np.convolve(v, np.ones(5) / 5, mode="valid") for v in values])
-            steps = np.arange(5, values.shape[1] + 1)
-            axes.plot(steps, smooth.mean(0), style, color=COLORS[cot])
-            axes.fill_between(steps, smooth.min(0), smooth.max(0), color=COLORS[cot], alpha=0.2, lw=0)
-            end = (steps[-1], smooth.mean(0)[-1])
-            axes.annotate(cot, end, (5, shift), textcoords="offset points", color=COLORS[cot])
-        axes.set(xlabel="training step", ylabel=label, xlim=(0, 1.13 * steps[-1]))
+            curve(axes, np.arange(5, values.shape[1] + 1), smooth, cot, shift)
+        axes.set(xlabel="training step", ylabel=label, xlim=(0, 122))
+    for run, shift in zip(("base", *COTS), (8, -4, -2, -12)):
+        ks = [2**i for i in range(6)]
+        values = [grid.values(run, "toy-round", "hard_sample", k).mean(1) / 100 for k in ks]
+        curve(beyond, ks, np.array(values).T, run, shift)
+    beyond.set_xscale("log", base=2)
+    beyond.xaxis.set_major_formatter("{x:.0f}")
+    beyond.set(xlabel="k (samples, hard tokens)", ylabel="pass@k, toy-round", xlim=(0.9, 60))
+    beyond.set_xticks(ks)
+    for axes in (*training, beyond):
         axes.margins(y=0.12)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"The toy, {len(runs)} seeds: mean of five steps, band from lowest to highest seed")
-    figure.savefig(path, dpi=110)
+    figure.suptitle(f"The toy in training, and where its lesson is wrong: mean and range of {len(runs)} seeds")
+    figure.savefig(path, dpi=100)
 
 
 def main(folders: list[str]) -> None:
     """Print the tables and the verdicts, draw the figure."""
-    draw(folders, Path(__file__).parent / "toy.png")
     grid = Grid(folders)
+    draw(grid, folders, Path(__file__).parent / "toy.png")
     runs = ["base", *COTS]
     print("Fuzzy settings have temperature 0.1 for the fuzzy-trained, 0.0001 elsewhere.\n")
-    for task in ("toy", "toy-large"):
+    for task in SUMS:
         print(f"### {task}: pass@1 / pass@32 in %, mean ± standard deviation over seeds\n")
         print("| trained with |", " | ".join(SETTINGS), "| CoT length, hard greedy |")
         print("|---" * (len(SETTINGS) + 2) + "|")
@@ -138,7 +154,7 @@ def main(folders: list[str]) -> None:
             print(f"| {run} |", " | ".join(cells), f"| {length:.1f} |")
         print()
     print("### The claims\n")
-    for task in ("toy", "toy-large"):
+    for task in SUMS:
         for cot in ("soft", "fuzzy"):
             a, b = (grid.values(x, task, "hard_greedy") for x in (cot, "hard"))
             g = grid.gap(a, b)
@@ -148,6 +164,11 @@ def main(folders: list[str]) -> None:
             a, b = (grid.values(x, task, "hard_sample", 32) for x in (cot, "hard"))
             g = grid.gap(a, b)
             print(f"2. {task}: {cot} training beats hard at pass@32: {shown(g)}: {verdict(*g[1:], 0)}")
+        words = []
+        for cot in COTS:
+            a, b = (grid.values(x, task, "hard_sample", 32) for x in (cot, "base"))
+            words.append(f"{cot} {shown(grid.gap(a, b))}")
+        print(f"2. {task}: trained less base at pass@32: {', '.join(words)}")
         for run, (how, k) in itertools.product(COTS, (("greedy", 1), ("sample", 1), ("sample", 32))):
             words = []
             for other in ("soft", "fuzzy"):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the toy grid, two runs at a time, and keep its outcome in results/toy: hard, fuzzy and soft
-# training with seeds 0, 1, 2 in six settings, soft training with other noise and seeds 0, 1, and the
+# training with seeds 0 to 4 in six settings, soft training with other noise and seeds 0 to 2, and the
 # same with noise on the logits of a toy that has more words (results/more_words.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,28 +9,26 @@ python softcot.py --eval-only --eval-settings hard_greedy --out-dir runs/grid-ba
 python results/more_words.py runs/grid-words
 
 jobs() {
-    more="--task toy --eval-settings hard_greedy --model runs/grid-words"
-    for seed in 0 1 2; do
-        for words in 16000 4000 1000 0; do
-            echo "words$words-logits-s$seed --noise-at logits --seed $seed $more/$words"
-        done
-    done
-    for seed in 0 1; do
-        for where in embedding hidden topk-logits; do
-            echo "words4000-$where-s$seed --noise-at $where --seed $seed $more/4000"
-        done
-    done
-    for seed in 0 1 2; do
+    for seed in 0 1 2 3 4; do
         for cot in soft hard fuzzy; do
-            echo "$cot-s$seed --cot $cot --seed $seed --eval-tasks toy toy-large toy-walk"
+            echo "$cot-s$seed --cot $cot --seed $seed --eval-tasks toy toy-large toy-round toy-walk"
         done
     done
-    for seed in 0 1; do
+    for seed in 0 1 2; do
         for sigma in 0.1 1 3; do
             echo "soft-sigma$sigma-s$seed --seed $seed --sigma-scale $sigma --eval-settings hard_greedy"
         done
         for where in hidden logits topk-logits; do
             echo "soft-$where-s$seed --seed $seed --noise-at $where --eval-settings hard_greedy"
+        done
+    done
+    more="--task toy --eval-settings hard_greedy --model runs/grid-words"
+    for seed in 0 1 2; do
+        for words in 16000 4000 1000 0; do
+            echo "words$words-logits-s$seed --noise-at logits --seed $seed $more/$words"
+        done
+        for where in embedding hidden topk-logits; do
+            echo "words4000-$where-s$seed --noise-at $where --seed $seed $more/4000"
         done
     done
 }
