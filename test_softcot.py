@@ -450,7 +450,7 @@ def test_log_probabilities_in_chunks_equal_those_in_one_piece(monkeypatch):
     assert pieces_loss == pytest.approx(loss, rel=1e-5)
     for name in whole:
         scale = whole[name].abs().max()
-        torch.testing.assert_close(pieces[name] / scale, whole[name] / scale, rtol=0, atol=1e-5)
+        torch.testing.assert_close(pieces[name] / scale, whole[name] / scale, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", ["hard_sample", "soft_sample"])
