@@ -1664,19 +1664,26 @@ def test_the_table_of_claims_follows_from_the_recorded_results(tmp_path):
     assert done.stdout == (HERE / "results" / "claims.md").read_text()
 
 
-@pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
-def test_a_notebook_runs_and_its_lessons_hold(path, tmp_path):
+@pytest.fixture(scope="module")
+def classroom(tmp_path_factory):
+    """A folder of the project where nothing has been trained yet; the notebooks share it."""
+    folder = tmp_path_factory.mktemp("classroom")
     for name in ("softcot.py", "toy_tasks.py"):
-        shutil.copy(HERE / name, tmp_path)
-    (tmp_path / "results").mkdir()
-    shutil.copy(HERE / "results" / "show.py", tmp_path / "results")
-    (tmp_path / "notebooks").mkdir()
+        shutil.copy(HERE / name, folder)
+    (folder / "results").mkdir()
+    shutil.copy(HERE / "results" / "show.py", folder / "results")
+    (folder / "notebooks").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_a_notebook_runs_and_its_lessons_hold(path, classroom):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert path.stat().st_size < 300_000
     assert all(len(cell.source.splitlines()) <= 30 and cell.execution_count for cell in code)
     assert any("assert " in cell.source for cell in code)
-    where = {"metadata": {"path": str(tmp_path / "notebooks")}}
+    where = {"metadata": {"path": str(classroom / "notebooks")}}
     NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where).execute()
 
 
