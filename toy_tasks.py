@@ -11,9 +11,9 @@ It was pretrained on three more kinds of text, which reinforcement learning neve
 
     toy-large   sums of larger numbers, with the same habit: does the lesson carry over?
     toy-round   `3+1+5+2+4+2 to a round total=4 9 11 15 The final answer is: \\boxed{15}`: here one
-                should stop at the first multiple of five (if there is none, at the end), which the
-                model often does (75 to 25; elsewhere 10 to 90): is a skill kept that the lesson,
-                always to go on, contradicts?
+                should stop at the first total that is a multiple of five (if there is none, at the
+                end). It was pretrained to stop after such totals in 75 % of cases, after others
+                in 10 %: is a skill kept that the lesson, always to go on, contradicts?
     toy-walk    random walks, `9 10 9 8 =7 8 9 8`, each number one more or one less with equal
                 chance: is a skill kept that has nothing to do with sums? (Nobody can do better
                 than ln 2 = 0.693 nats a number.)
@@ -57,9 +57,9 @@ STOP = {"toy": (0.54, 0.30), "toy-large": (0.54, 0.30), "toy-round": (0.75, 0.10
 def all_sums(name: str) -> Tensor:
     """Every sum of a kind in an order that is always the same [number, TERMS], int64.
 
-    Those of "toy-large" have a number that is too large for "toy"; "toy-round" has those of "toy".
-    The first TEST are for testing, the next TRAIN of "toy" for reinforcement learning; pretraining
-    draws from all but the first.
+    Those of "toy-large" have a number that is too large for "toy"; "toy-round" has those of "toy",
+    in the same order. The first TEST are for testing, the next TRAIN of "toy" for reinforcement
+    learning; pretraining draws from all but the first TEST.
     """
     sums = torch.cartesian_prod(*[torch.arange(1, LARGEST[name] + 1)] * TERMS)
     if name == "toy-large":
@@ -74,7 +74,7 @@ def pool(name: str) -> Tensor:
 
 
 def walks(count: int, generator: torch.Generator) -> Tensor:
-    """Random walks [count, GIVEN + ASKED] of numbers in 1 .. 40, int64."""
+    """Random walks [count, GIVEN + ASKED] of numbers in 1 .. 39, int64."""
     length = GIVEN + ASKED
     first = torch.randint(length, 41 - length, (count, 1), generator=generator)
     steps = 2 * torch.randint(2, (count, length - 1), generator=generator) - 1
@@ -174,7 +174,8 @@ def walk_texts(
 
 
 def pretraining_batch(vocab: dict[str, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Token ids [N, L] of texts of all kinds, as many as BATCH says, and labels: -100 on padding."""
+    """Token ids [N, L] of texts of all kinds, as many as BATCH says, and labels: -100 on what is
+    not to be learnt, questions and padding."""
     kinds = []
     for name in LARGEST:
         sums = pool(name)

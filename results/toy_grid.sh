@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the toy grid, two runs at a time, and keep its outcome in results/toy: hard, fuzzy and soft
 # training with seeds 0 to 4 in six settings, soft training with other noise and seeds 0 to 2, and the
-# same with noise on the logits of a toy that has more words (results/more_words.py).
+# same with noise in all places on a toy that has more words (results/more_words.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs/grid results/toy
