@@ -449,7 +449,7 @@ def test_log_probabilities_in_chunks_equal_those_in_one_piece(monkeypatch):
     pieces_loss, pieces = gradient_of(policy, r, advantages, 10**6)
     assert pieces_loss == pytest.approx(loss, rel=1e-5)
     for name in whole:
-        scale = whole[name].abs().max()
+        scale = whole[name].abs().max()  # rounding is up to 1e-5 of it, one position left out 0.15
         torch.testing.assert_close(pieces[name] / scale, whole[name] / scale, rtol=0, atol=5e-5)
 
 
