@@ -9,7 +9,7 @@ applies; after training, the model is used with ordinary hard tokens.
     p_{t-1} = softmax(logits_{t-1} / tau)                                    (eq 3) mixture
     hard token   x_t ~ p_{t-1},  feed E[x_t]                                 (eq 4) next_input
     soft token   feed  ht_t = h_t + sigma * N(0, I),   h_t = p_{t-1} E    (eqs 5-6) next_input
-    log pi(ht_t | past) = -||ht_t - h_t||^2 / (2 sigma^2) + const        (eqs 9-10) gaussian_logp
+    log pi(ht_t | past) = -||ht_t - h_t||^2 / (2 sigma^2) + const            (eqs 9-10) soft_logp
     A_bg = r_bg - mean of the other G-1 rewards of prompt b                 (eq 12) rloo_advantages
     loss = -1/(BG) sum_bg A_bg (sum_t log pi(ht_t) + sum_a log pi(a))   (eqs 13-15) policy_gradient
 
@@ -17,15 +17,15 @@ Dimensions, used in every shape comment:
     B prompts of a step, G samples of each prompt, N = B*G sequences (row n = b*G + g)
     P prompt, T CoT, F prefill, A answer: lengths in tokens;  V vocabulary, D embedding width,
     H width of the last hidden state, K of what the noise is added to (D but for --noise-at)
-A sequence is laid out as  [left pad | prompt P][CoT T | gap][left pad | prefill F][answer A | gap].
-Masks are True on real tokens; positions count them, so pads and gaps leave no trace (but for models
-with a sliding window, whose window counts them).
+A sequence is laid out as  [prompt P | gap][CoT T | gap][prefill F | gap][answer A | gap].
+Masks are True on real tokens; positions count them, so gaps leave no trace, and every column has
+something to attend to: the prompt's first token, at the least.
 logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
 Where the paper is silent or ambiguous, and where this differs from it: see the README.
 """
 
-import copy, dataclasses, datetime, hashlib, inspect, itertools, json, math, os, re, select
-import shlex, shutil, signal, subprocess, sys, tempfile, time, timeit, types
+import dataclasses, datetime, gc, hashlib, inspect, itertools, json, math, os, re, select
+import shlex, shutil, signal, subprocess, sys, tempfile, time, types
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -46,7 +46,7 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import toy_tasks
-from results.show import COLORS, plot_curves, plot_pass_at_k, report  # noqa: F401
+from results.show import COLORS, plot_curves, plot_pass_at_k  # noqa: F401
 
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
@@ -153,13 +153,12 @@ class Config:
     data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
     resume: bool = option(False, "continue the run in --out-dir from its last saved state")
     eval_only: bool = option(False, "evaluate --model, train nothing")
-    bench: bool = option(False, "time a few steps of each mode and generate(), do no more")
-    report: list[str] = option([], "folders of runs: print and write a table of them, do no more")
     eval_tasks: list[str] = option([], "also math500 olympiadbench hellaswag mmlu arc")
     eval_settings: list[str] = option(list(SETTINGS), f"some of: {' '.join(SETTINGS)}")
     eval_k: Optional[int] = option(None, "k: samples a problem in evaluation, for pass@k")
     eval_limit: Optional[int] = option(None, "test problems to evaluate; 0 skips all evaluation")
-    micro_batch: Optional[int] = option(None, "tokens in one backward pass (memory, not result)")
+    micro_batch: Optional[int] = option(
+        None, "tokens in one backward pass (default: as many as the memory has room for)")
     gradient_checkpointing: bool = option(False, "run layers again in the backward pass: memory")
     dtype: Optional[Literal["fp32", "bf16-mixed", "bf16"]] = option(
         None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic")
@@ -207,6 +206,9 @@ def filled(config: Config) -> tuple[Config, str]:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with explained((RuntimeError, AssertionError), f"--device {device} can't be used here"):
         torch.empty(0, device=device)
+    slow = f"--dtype {config.dtype}: this GPU has no bf16; leave it out, fp32 is taken then"
+    emulated = device.startswith("cuda") and "bf16" in str(config.dtype) and not has_bf16(device)
+    require(not emulated, slow)
     mode = SETTINGS[f"{config.cot}_sample"]
     defaults = {
         **task.defaults,
@@ -216,7 +218,7 @@ def filled(config: Config) -> tuple[Config, str]:
         "eval_tasks": [task.test_on or config.task],
         "out_dir": f"runs/{Path(config.task).stem}-{config.cot}-s{config.seed}",
         "device": device,
-        "dtype": "fp32" if device == "cpu" else "bf16-mixed",
+        "dtype": "bf16-mixed" if has_bf16(device) else "fp32",
         "threads": torch.get_num_threads(),
     }
     new = {k: v for k, v in defaults.items() if getattr(config, k) in (None, []) and v is not None}
@@ -261,7 +263,7 @@ class Task:
 
 
 PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
-PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32, "micro_batch": 2048}
+PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32}
 PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512, "eval_limit": 128}
 
 
@@ -473,10 +475,14 @@ class Policy:
     tokenizer: transformers.PreTrainedTokenizerBase
     mixed: bool = False  # bf16 arithmetic on fp32 weights
     recomputes: bool = False  # the backward pass runs each layer again: see load_policy()
+    engine: Optional["Engine"] = None  # that of the last rollout, for the next one
 
     def arithmetic(self):
-        """The context in which rollout and loss both run the model."""
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed)
+        """The context in which rollout and loss both run the model.
+
+        Weights that were cast are kept for the backward pass; sampling has a copy of its own."""
+        keep = torch.is_grad_enabled()
+        return torch.autocast(self.model.device.type, torch.bfloat16, self.mixed, keep)
 
     def embeddings(self) -> Tensor:
         """E [V, D], with gradient: the embeddings as the model computes them from token ids.
@@ -496,16 +502,49 @@ class Policy:
         bound = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return bound * torch.tanh(logits / bound) if bound else logits
 
+    def attention(self, real: Tensor, columns: Tensor) -> tuple:
+        """What columns [C] of the L of real [N, L] attend to, themselves and what is before them.
+
+        Returns the mask [N, 1, C, L], where layers differ one for each kind of layer, and positions
+        [N, C], which count real tokens."""
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        seen = real[:, None] & (torch.arange(real.shape[1], device=real.device) <= columns[:, None])
+        positions = seen.sum(2) - 1  # [N, C]
+        masks = {"full_attention": seen, "sliding_attention": seen}
+        if window:
+            age = positions[:, :, None] - (real.cumsum(1) - 1)[:, None]  # [N, C, L]
+            masks["sliding_attention"] = seen & (age < window)
+        every = "sliding_attention" if window else "full_attention"
+        kinds = set(getattr(config, "layer_types", None) or [every])
+        masks = {kind: masks[kind][:, None] for kind in kinds}
+        if config._attn_implementation == "eager":  # which adds its mask to the logits
+            masks = {kind: torch.where(m, 0.0, -1e9) for kind, m in masks.items()}
+        return masks if len(masks) > 1 else masks.popitem()[1], positions
+
+    def run(self, x: Tensor, real: Tensor, columns: Tensor, cache=None, weights=None) -> Tensor:
+        """Last hidden states [N, C, H] of columns [C] of the L of real [N, L], fed x [N, C, D].
+
+        cache: keys and values of other columns, to which those of these are added. weights: in
+        place of the model's own of that name."""
+        mask, positions = self.attention(real, columns)
+        inputs = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions)
+        inputs |= dict(past_key_values=cache, use_cache=cache is not None)
+        model = self.model.base_model
+        if weights:
+            return torch.func.functional_call(model, weights, (), inputs).last_hidden_state
+        return model(**inputs).last_hidden_state
+
     @cached_property
     def ends(self) -> set[int]:
         """The tokens that end a text: some models have several."""
         ids = self.model.generation_config.eos_token_id
         return {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
 
-    def tokenize(self, texts: list[str], special=True, pad="left") -> tuple[Tensor, Tensor]:
+    def tokenize(self, texts: list[str], special=True) -> tuple[Tensor, Tensor]:
         """Padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
-        how = dict(padding=True, padding_side=pad, return_tensors="pt", add_special_tokens=special)
-        batch = self.tokenizer(texts, **how).to(self.model.device)
+        how = dict(padding=True, padding_side="right", return_tensors="pt")
+        batch = self.tokenizer(texts, add_special_tokens=special, **how).to(self.model.device)
         return batch.input_ids, batch.attention_mask.bool()
 
     @cached_property
@@ -528,6 +567,18 @@ def few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
     return y if linear.bias is None else y + linear.bias.to(y.dtype)
 
 
+def use_gpu_well(device: str) -> None:
+    """On a CUDA GPU: TF32 for what is fp32, and an attention whose gradient can be relied on."""
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # 10 bits of mantissa: enough, and fast
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN: pytorch#196678
+
+
+def has_bf16(device: str) -> bool:
+    """Whether a CUDA GPU computes in bf16 itself (a T4 or V100 only pretends to)."""
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def load_policy(config: Config, source: str) -> Policy:
     """The policy in a folder or on the hub; UserError says what is missing."""
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
@@ -541,6 +592,7 @@ def load_policy(config: Config, source: str) -> Policy:
     require(len(tokenizer) - others <= V, f"--model {source}: its tokenizer is larger than it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    use_gpu_well(config.device)
     for module in model.modules():
         if type(module) is nn.Linear and config.device == "cpu":
             module.forward = partial(few_rows, module)
@@ -548,12 +600,15 @@ def load_policy(config: Config, source: str) -> Policy:
             module.forward = partial(recompute, module.forward, use_reentrant=False)
     how = (config.dtype == "bf16-mixed", config.gradient_checkpointing)
     policy = Policy(model.to(config.device).eval(), tokenizer, *how)
-    strange = f"--model {source}: its embeddings or its head are not those of an ordinary decoder"
-    with torch.no_grad(), explained(Exception, strange):
-        token, decoder = torch.tensor([[tokenizer.eos_token_id]]).to(config.device), Decoder(policy)
-        ours = policy.head(decoder.feed(token >= 0, inputs_embeds=policy.embeddings()[token]))
-        decoder.rows(token[0] >= 0)
-        torch.testing.assert_close(ours, model(token).logits.float(), rtol=1e-2, atol=1e-2)
+    strange = f"--model {source}: its embeddings, attention or head are not an ordinary decoder's"
+    with torch.no_grad(), policy.arithmetic(), explained(Exception, strange):
+        ids = torch.tensor([[0, 1, 2]], device=config.device)
+        engine, real = Engine(policy, 1, 3, 1), ids != 1  # a gap, and a second call
+        for part in ([0, 1], [2]):
+            hidden = engine.feed(policy.embeddings()[ids[:, part]], real[:, part])
+        plain = model(ids[real][None]).logits[:, -1].float()
+        close = (1e-2 if config.dtype == "fp32" else 1e-1) * plain.abs().max().item()
+        torch.testing.assert_close(policy.head(hidden[:, -1]), plain, rtol=0, atol=close)
     return policy
 
 
@@ -575,9 +630,20 @@ def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
     """h = p E with p = softmax(logits / tau): the mean embedding under p   (eqs 3, 5).
 
     logits [..., V], E [V', D] with V' >= V (padded vocabularies) -> [..., D]; with gradient."""
-    p = torch.softmax(logits.float() / tau, dim=-1)
+    p, E = torch.softmax(logits.float() / tau, dim=-1), E[: logits.shape[-1]]
+    if E.device.type == "cpu" and not torch.is_grad_enabled():
+        p, E = likely(p, E)
     with torch.autocast(E.device.type, enabled=False):
-        return p.to(E.dtype) @ E[: p.shape[-1]]
+        return p.to(E.dtype) @ E
+
+
+def likely(p: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
+    """p [..., V] and E [V, D] without tokens that together have less than 2^-24 of each p.
+
+    That is below the rounding of fp32. A few hundred of 150,000 are left, and to read all of E is a
+    fifth of the time of a soft token on a CPU."""
+    some = (p.reshape(-1, len(E)) > 2.0**-24 / len(E)).any(0).nonzero().flatten()
+    return (p[..., some], E[some]) if 16 * len(some) < len(E) else (p, E)
 
 
 def gaussian_logp(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
@@ -585,6 +651,17 @@ def gaussian_logp(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
 
     x, mean [..., D], the sample x held constant -> [...] in nats."""
     return -(x.detach().float() - mean.float()).square().sum(-1) / (2 * sigma**2)
+
+
+def soft_logp(eps: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """log pi of a soft token that was drawn as its mean + sigma * eps   (eqs 9, 10).
+
+    The sample is put where the noise eps takes it from the mean *as it is computed here*: then the
+    gradient is eps / sigma times that of the mean, which on policy is exact. Measured from the x
+    that was fed, it would count as noise what rounding moved the mean by since the rollout, and
+    that can be many sigma (two embeddings are 100 apart): most of the gradient, and no signal.
+    eps, mean [..., D], with gradient of the mean -> [...] in nats."""
+    return gaussian_logp(mean + sigma * eps, mean, sigma)
 
 
 def categorical_logp(tokens: Tensor, logits: Tensor, tau: float) -> Tensor:
@@ -633,16 +710,18 @@ class Part:
     ids: Tensor  # [..] hard: the tokens; soft, fuzzy: the greedy shadow, arg-max p
     logp: Tensor  # [..] nats, as the sampler saw it; 0 if deterministic: there is no density
     entropy: Tensor  # [..] nats, of the next-token distribution before noise
+    eps: Optional[Tensor] = None  # [.., K] the noise that was drawn, in units of sigma
     z: Optional[Tensor] = None  # [.., K] the noisy quantity where it is not x itself
     top: Optional[Tensor] = None  # [.., k] which logits z is made of, for topk-logits
     mask: Optional[Tensor] = None  # [..] True on real tokens
 
 
-def next_input(policy: Policy, hidden, setting: Setting, E, sigma: float, eps, u) -> Part:
+def next_input(policy: Policy, hidden, setting: Setting, E, sigma, eps, u) -> Part:
     """The next CoT input, made from the last hidden state.
 
     hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6).
-    hidden [N, H], E [V, D], eps [N, K] normal (None if sigma is 0), u [N] in [0, 1)."""
+    hidden [N, H], E [V, D], eps [N, K] normal (None: no noise), u [N] in [0, 1). It looks at no
+    value, so that a GPU can replay it: sigma is a tensor []."""
     logits = policy.head(hidden)  # [N, V]
     nats = entropy(logits)  # [N]
     if setting.cot == "hard":
@@ -650,42 +729,273 @@ def next_input(policy: Policy, hidden, setting: Setting, E, sigma: float, eps, u
         logp = categorical_logp(token, logits, setting.tau) if setting.tau else 0 * nats
         return Part(E[token], token, logp, nats)
     mean, top = before_noise(hidden, logits, setting, E)  # [N, K]
-    z = mean + sigma * eps.to(mean.dtype) if sigma else mean
-    logp = gaussian_logp(z, mean, sigma) if sigma else 0 * nats
+    z = mean if eps is None else mean + (sigma * eps).to(mean.dtype)
+    logp = 0 * nats if eps is None else soft_logp(eps, mean, sigma)
     if setting.noise_at == "embedding":
         return Part(z, logits.argmax(-1), logp, nats)
     if setting.noise_at == "hidden":
         logits = policy.head(z)
     else:
         logits = z if top is None else logits.scatter(-1, top, z)
-    return Part(mixture(logits, setting.tau, E), logits.argmax(-1), logp, nats, z, top)
+    return Part(mixture(logits, setting.tau, E), logits.argmax(-1), logp, nats, z=z, top=top)
 
 
-def row_seed(*labels: int) -> int:
-    """A seed that depends on every label (run seed, purpose, step, problem, sample) alone."""
-    return int(np.random.SeedSequence(labels).generate_state(1)[0])
+def random_words(seeds: Tensor, index: Tensor) -> Tensor:
+    """64 random bits for each of seeds [N] and each place index [...] in its stream: [N, ...].
+
+    SplitMix64 (Steele, Lea, Flood 2014), in int64: a counter times an odd constant, then mixed."""
+    z = seeds.view(-1, *[1] * index.dim()) + (index + 1) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z = (z ^ unsigned_shift(z, shift)) * factor
+    return z ^ unsigned_shift(z, 31)
 
 
-def draw(seeds: list[int], T: int, A: int, K: int, device) -> tuple[Tensor, Tensor]:
+def unsigned_shift(z: Tensor, bits: int) -> Tensor:
+    """z >> bits of an int64 whose highest bit is no sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def row_seeds(labels: list[tuple[int, ...]]) -> Tensor:
+    """A seed for each row, int64 [N], that depends on every one of its labels, and on no other row.
+
+    The labels: run seed, purpose, step, problem, sample."""
+    seeds = torch.zeros(len(labels), dtype=torch.int64)
+    for column in torch.tensor(labels).T:
+        seeds = random_words(seeds ^ column, torch.tensor(0))
+    return seeds
+
+
+def draw(seeds: Tensor, T: int, A: int, K: int) -> tuple[Tensor, Tensor]:
     """Every random number of a rollout: u [N, T+A] uniform, eps [N, T, K] normal (K may be 0).
 
-    Row n depends on seeds[n] alone: neither its neighbours nor the batch size can change it."""
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    uniform = [torch.rand(T + A, generator=g, device=device) for g in generators]
-    normal = [torch.randn(T, K, generator=g, device=device) for g in generators]
-    return torch.stack(uniform), torch.stack(normal)
+    Row n depends on seeds[n] alone: neither its neighbours nor the batch size can change it. Each
+    position has 2^20 words of its own: one for u, the others for two eps each (Box and Muller)."""
+    position = torch.arange(T + A, device=seeds.device) << 20
+    pair = torch.arange((K + 1) // 2, device=seeds.device) + 1
+    u = unsigned_shift(random_words(seeds, position), 40) * 2.0**-24
+    words = random_words(seeds, position[:T, None] + pair)  # [N, T, K/2], 2 x 32 bits each
+    radius = (-2 * (((words & 0xFFFFFFFF) + 1) * 2.0**-32).log()).sqrt()
+    angle = unsigned_shift(words, 32) * (2 * math.pi * 2.0**-32)
+    return u, torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[..., :K]
 
 
-# ---- 6. Rollout: think, then answer -------------------------------------------------------------
+# ---- 6. Engine: rows that grow column by column, at fixed addresses -----------------------------
+LOOK = {"cpu": 1, "cuda": 16}  # positions between two looks at the text
+BLOCK = {"cpu": 32, "cuda": 128}  # columns in use are a multiple of it
+SMALLEST = {"cpu": 1, "cuda": 64}  # a batch of so few rows is not halved: it would not be faster
+
+
+class Keys(transformers.cache_utils.StaticLayer):
+    """Keys and values of one layer [N, heads, L, width], written into the engine's columns."""
+
+    def __init__(self, engine: "Engine"):
+        super().__init__(engine.L)
+        self.engine = engine
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Write those of the present columns; return those of all rows and columns in use."""
+        engine = self.engine
+        if not self.is_initialized:
+            dtype = torch.bfloat16 if engine.policy.mixed else keys.dtype  # as attention wants them
+            room = [(engine.N, x.shape[1], engine.L, x.shape[3]) for x in (keys, values)]
+            self.keys, self.values = (keys.new_zeros(shape, dtype=dtype) for shape in room)
+            self.is_initialized = True
+        self.keys[: engine.batch].index_copy_(2, engine.columns, keys.to(self.keys.dtype))
+        self.values[: engine.batch].index_copy_(2, engine.columns, values.to(self.keys.dtype))
+        used = (slice(engine.batch), slice(None), slice(engine.width))
+        return self.keys[used], self.values[used]
+
+    def get_seq_length(self) -> int:
+        """Of no use: the engine gives masks and positions itself."""
+        return 0
+
+
+class Replay:
+    """A step on a GPU: run once, then recorded as a CUDA graph, which is replayed from then on.
+
+    A step of decoding is a thousand small kernels, which take longer to launch than to run."""
+
+    def __init__(self, step: Callable[[], None], pool, side):
+        self.step, self.pool, self.side, self.call = step, pool, side, self.first
+
+    def __call__(self) -> None:
+        """What the step does, with the buffers and shapes of the first call."""
+        self.call()
+
+    def first(self) -> None:
+        """Run on the side stream, as recording wants it: what is made once is made here.
+
+        A step that waits for the host (some mixtures of experts do) can't be recorded."""
+        self.side.wait_stream(torch.cuda.current_stream())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(self.side):
+                self.step()
+            self.call = self.record
+        except RuntimeError as error:
+            if "synchronizing" not in str(error):
+                raise
+            tqdm.write("decoding is slow: a step of this model waits for the host, is not replayed")
+            self.call = self.step
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(self.side)
+        if self.call == self.step:
+            self.step()  # again, from the start: it had not counted its column yet
+
+    def record(self) -> None:
+        """Record the step, which does nothing, and replay it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+            self.step()
+        self.call = graph.replay
+        graph.replay()
+
+
+class Engine:
+    """Runs the model over the columns of up to N rows as they come, keeping keys and values.
+
+    The rows of a batch are in places 0 .. batch-1, and rows that have ended may be put behind them.
+    No buffer ever moves, and step() looks at no value, so a GPU can replay it."""
+
+    def __init__(self, policy: Policy, rows: int, columns: int, steps: int):
+        """Room for rows N and columns L, and for phases of up to T steps."""
+        new = partial(torch.zeros, device=policy.model.device)
+        self.policy, self.room = policy, (rows, columns, steps)
+        self.N, self.L, self.T = self.room
+        self.batch, self.width, self.filled = rows, columns, 0  # rows, columns in use; columns full
+        self.real = new(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
+        self.row_at = new(rows, dtype=torch.int64)  # [N] the row in each place
+        self.column, self.t = new(1, dtype=torch.int64), new(1, dtype=torch.int64)  # the next ones
+        self.length = new(rows, dtype=torch.int64)  # [N] real steps of each row, if it has ended
+        self.u, self.sigma = new(rows, steps), new(())
+        self.hidden, self.E = None, None  # [N, H] of the last column; [V, D]
+        self.buffers = {}  # of each setting, by name: the fields of Part, [N, T, ...]
+        self.steps, self.weights = {}, {}  # by setting and shape; in bf16, by name
+        alone = policy.model.device.type == "cuda" and not dist.is_initialized()
+        # memory and stream that all recorded steps share; FSDP2 moves its weights: no recording
+        self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if alone else ()
+        layers = policy.model.config.get_text_config().num_hidden_layers
+        self.cache = transformers.cache_utils.Cache(layers=[Keys(self) for _ in range(layers)])
+
+    def restart(self) -> None:
+        """Empty the columns, and take over the weights as they are now.
+
+        Where arithmetic is bf16 and weights are fp32, those of linear layers are copied, once for
+        all tokens. Old keys leave, too: masked ones have weight 0, but 0 times NaN is NaN."""
+        self.filled = 0
+        for buffer in (self.column, self.real, *self.keys_and_values()):
+            buffer.zero_()
+        E = self.policy.embeddings().detach()
+        self.E = E if self.E is None or self.E.data_ptr() == E.data_ptr() else self.E.copy_(E)
+        if self.policy.mixed:
+            modules = dict(self.policy.model.base_model.named_modules())
+            for layer in [name for name, module in modules.items() if type(module) is nn.Linear]:
+                for name, w in modules[layer].named_parameters():
+                    self.weights.setdefault(f"{layer}.{name}", w.detach().bfloat16()).copy_(w)
+
+    def keys_and_values(self) -> list[Tensor]:
+        """Those of all layers, each [N, heads, L, width]."""
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        return [x for layer in layers for x in (layer.keys, layer.values)]
+
+    def buffer(self, name: str, rows: Tensor) -> Tensor:
+        """The buffer [N, T, ...] of a field whose positions look like rows [M, ...]."""
+        made = self.buffers.setdefault(self.setting, {})
+        if name not in made:
+            made[name] = rows.new_zeros(self.N, self.T, *rows.shape[1:])
+        return made[name]
+
+    def reserve(self, count: int) -> None:
+        """So many columns will be fed next: all that attention reads must be in use."""
+        self.filled += count
+        block = BLOCK[self.real.device.type]
+        self.width = min(self.L, -(-self.filled // block) * block)
+
+    def feed(self, x: Tensor, real: Tensor) -> Tensor:
+        """Append columns x [batch, C, D], real [batch, C]; their hidden states [batch, C, H]."""
+        self.columns = self.column + torch.arange(x.shape[1], device=x.device)
+        self.real[: self.batch].index_copy_(1, self.columns, real)
+        used = self.real[: self.batch, : self.width]
+        hidden = self.policy.run(x, used, self.columns, self.cache, self.weights)
+        self.column += x.shape[1]
+        return hidden
+
+    def arrange(self, order: Tensor) -> None:
+        """Put into each place what another one holds: order [places], also with repeats."""
+        for buffer in (self.real, *self.keys_and_values()):
+            buffer[: len(order)] = buffer[order]
+
+    def begin(self, setting: Setting, T: int, hidden, u, eps, sigma: float) -> None:
+        """Start a phase of T steps: hidden [N, H] before it, u [N, T], eps [N, T, K] or None."""
+        self.setting, self.first = setting, self.filled
+        if self.hidden is None:
+            self.hidden = hidden.new_zeros(self.N, hidden.shape[1])
+        self.hidden[: len(hidden)] = hidden
+        self.u[: len(u), :T] = u
+        self.eps = None if eps is None else self.buffer("eps", eps[:, 0])
+        if eps is not None:
+            self.eps[: len(eps), :T] = eps
+        self.sigma.fill_(sigma)
+        self.length.fill_(T)
+        self.t.zero_()
+
+    def step(self) -> None:
+        """One position of the rows in the batch: make the next input, write it down, feed it."""
+        here, t = self.row_at[: self.batch], self.t  # [M], [1]
+        eps = None if self.eps is None else self.eps[here, t]
+        hidden, u = self.hidden[here], self.u[here, t]
+        new = next_input(self.policy, hidden, self.setting, self.E, self.sigma, eps, u)
+        for name, value in vars(new).items():
+            if value is not None and (self.setting.cot, name) != ("hard", "x"):
+                self.buffer(name, value)[here, t] = value
+        goes_on = t < self.length[here]
+        self.hidden[here] = self.feed(new.x[:, None], goes_on[:, None])[:, 0]
+        t += 1
+
+    def run_step(self) -> None:
+        """A step; on a GPU of one process, a replayed one."""
+        key = (self.setting, self.batch, self.width)
+        if key not in self.steps:
+            self.steps[key] = Replay(self.step, *self.graphs) if self.graphs else self.step
+        self.steps[key]()
+
+    def leave(self, length: list[int], t: int) -> None:
+        """Rows have ended: mask what is behind their end, and let half a batch go on alone.
+
+        length: the steps of each row, or as many as it may have; t: those so far."""
+        here = self.row_at[: self.batch].clone()
+        self.length[: len(length)] = torch.tensor(length, device=here.device)
+        real = torch.arange(t, device=here.device) < self.length[here][:, None]
+        self.real[: self.batch, self.first : self.first + t] = real
+        going, batch = sum(n > t for n in length), self.batch
+        while SMALLEST[here.device.type] < batch and 0 < 2 * going <= batch:
+            batch = -(-batch // 2)
+        if batch < self.batch:
+            order = (self.length[here] <= t).int().argsort(stable=True)  # who goes on is in front
+            self.arrange(order)
+            self.row_at[: self.batch], self.batch = here[order], batch
+
+    def part(self, length: list[int]) -> Part:
+        """What the phase has made of the rows, up to the longest: copies."""
+        N, end = len(length), max(length)
+        fields = {k: x[:N, :end].clone() for k, x in self.buffers[self.setting].items()}
+        mask = torch.arange(end, device=self.real.device) < self.length[:N, None]
+        for name in ("ids", "logp", "entropy"):
+            fields[name] *= mask
+        return Part(**{"x": None} | fields, mask=mask)
+
+
+# ---- 7. Rollout: think, then answer -------------------------------------------------------------
 @dataclass
 class Rollout:
     """N sampled sequences and what the loss and the reports need of them; holds no gradient."""
 
     setting: Setting
     sigma: float  # absolute, in the units of what the noise is added to; 0: none
-    prompt_ids: Tensor  # [N, P], left-padded
+    prompt_ids: Tensor  # [N, P]
     prompt_mask: Tensor  # [N, P]
-    prefill_ids: Tensor  # [N, F], left-padded
+    prefill_ids: Tensor  # [N, F]
     prefill_mask: Tensor  # [N, F]
     cot: Part  # T positions
     answer: Part  # A positions
@@ -709,59 +1019,33 @@ def rows_of(x, index: Tensor):
     return x[index] if isinstance(x, Tensor) else x
 
 
-class Decoder:
-    """Runs the model over the columns of a batch as they come, keeping their keys and values."""
-
-    def __init__(self, policy: Policy):
-        self.policy = policy
-        self.cache = transformers.DynamicCache(config=policy.model.config)
-        self.mask = None  # [N, columns so far]
-
-    def feed(self, mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Append columns, input_ids [N, C] or inputs_embeds [N, C, D]; hidden states [N, C, H].
-
-        mask [N, C] is True on real tokens; only those are attended to and counted as positions."""
-        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
-        positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)  # among the row's real tokens
-        out = self.policy.model.base_model(
-            **inputs, attention_mask=self.mask.long(), position_ids=positions[:, -mask.shape[1] :],
-            past_key_values=self.cache, use_cache=self.cache is not None,
-        )  # fmt: skip
-        return out.last_hidden_state
-
-    def rows(self, index: Tensor) -> "Decoder":
-        """A decoder of some rows: their numbers [M] (one may come several times) or a mask [N]."""
-        part = copy.copy(self)
-        part.mask, part.cache = self.mask[index], copy.copy(self.cache)
-        part.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        part.cache.batch_select_indices(index)
-        return part
+def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
+    """The policy's engine, emptied; a larger one where that has too little room."""
+    old, block = policy.engine, BLOCK[policy.model.device.type]
+    room = (rows, -(-columns // block) * block, steps)
+    if old is None or any(more > has for more, has in zip(room, old.room)):
+        room = room if old is None else map(max, room, old.room)
+        del old
+        forget_engine(policy)  # before the new one takes its memory
+        policy.engine = Engine(policy, *room)
+    policy.engine.restart()
+    return policy.engine
 
 
-def joined(parts: list[tuple[Tensor, Decoder]]) -> Decoder:
-    """One decoder of parts, each with its row numbers [M]; shorter ones are padded at the end."""
-    if len(parts) == 1:
-        return parts[0][1]
-    order = torch.cat([index for index, _ in parts]).argsort()
-    decoders = [decoder for _, decoder in parts]
-    columns = max(decoder.mask.shape[1] for decoder in decoders)
+def forget_engine(policy: Policy) -> None:
+    """Free the last rollout's buffers and graphs at once: they know each other, so part them."""
+    if policy.engine is not None:
+        vars(policy.engine).clear()
+    policy.engine = None
 
-    def join(tensors: list[Tensor], dim: int) -> Tensor:
-        """All rows in order, dimension dim (the columns) padded at its end to the longest."""
-        behind = (0, 0) * (tensors[0].dim() - 1 - dim)
-        padded = [nn.functional.pad(t, (*behind, 0, columns - t.shape[dim])) for t in tensors]
-        return torch.cat(padded)[order]
 
-    whole = decoders[-1]
-    whole.mask = join([decoder.mask for decoder in decoders], 1)
-    for layer, *layers in zip(whole.cache.layers, *(d.cache.layers for d in decoders)):
-        layer.keys = join([part.keys for part in layers], 2)
-        layer.values = join([part.values for part in layers], 2)
-    return whole
+def last(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Of hidden [N, C, H] those of each row's last real column, of columns without gaps: [N, H]."""
+    return hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
 
 
 @torch.no_grad()
-def rollout(policy: Policy, prompts: list[str], seeds: list[int], setting: Setting, max_cot: int,
+def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting, max_cot: int,
             max_answer: int, answer_tau: float) -> Rollout:
     """Let the policy think about each prompt and answer it; no gradient is recorded.
 
@@ -770,80 +1054,80 @@ def rollout(policy: Policy, prompts: list[str], seeds: list[int], setting: Setti
     longest of them."""
     different = list(dict.fromkeys(prompts))  # B texts
     ids, mask = policy.tokenize(different)  # [B, P]
-    E = policy.embeddings()  # [V, D]
+    which = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
+    N, P = len(prompts), ids.shape[1]
+    F = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # the longest prefill
+    engine = engine_with(policy, N, P + max_cot + F + max_answer, max(max_cot, max_answer))
     with policy.arithmetic():
-        decoder = Decoder(policy)
-        hidden = decoder.feed(mask, input_ids=ids)[:, -1]  # [B, H]
+        engine.batch = len(different)
+        engine.reserve(P)
+        hidden = last(engine.feed(engine.E[ids], mask), mask)  # [B, H]
         sigma, K = 0.0, 0
         if setting.noise:
-            quantity, _ = before_noise(hidden, policy.head(hidden), setting, E)  # [B, K]
-            unit = E if setting.noise_at == "embedding" else quantity
+            quantity, _ = before_noise(hidden, policy.head(hidden), setting, engine.E)  # [B, K]
+            unit = engine.E if setting.noise_at == "embedding" else quantity
             sigma, K = setting.noise * unit.float().square().mean().sqrt().item(), quantity.shape[1]
-        u, eps = draw(seeds, max_cot, max_answer, K, ids.device)
-        which = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
-        ids, mask, hidden, decoder = ids[which], mask[which], hidden[which], decoder.rows(which)
-        how, done = (setting, E, sigma, eps, u[:, :max_cot]), lambda text: STOP.strip() in text
-        cot, stopped, decoder = generate(decoder, hidden, *how, done)  # parts of a decoder
-        decoder = joined(decoder)  # whose parts may go
+        u, eps = draw(seeds.to(ids.device), max_cot, max_answer, K)
+        engine.arrange(which)
+        engine.batch, engine.row_at[:N] = N, torch.arange(N, device=ids.device)
+        ids, mask = ids[which], mask[which]  # [N, P]
+        engine.begin(setting, max_cot, hidden[which], u[:, :max_cot], eps if K else None, sigma)
+        cot, stopped = generate(engine, N, max_cot, lambda text: STOP.strip() in text)
         cots = [policy.decode(row[real]) for row, real in zip(cot.ids, cot.mask)]
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
         openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
         prefill_ids, prefill_mask = policy.tokenize(openings, special=False)  # [N, F]
-        hidden = decoder.feed(prefill_mask, input_ids=prefill_ids)[:, -1]  # [N, H]
-        how, done = Setting("hard", answer_tau, 0.0), lambda text: boxed(text) is not None
-        answer, *_ = generate(decoder, hidden, how, E, 0.0, eps, u[:, max_cot:], done)
+        engine.reserve(prefill_ids.shape[1])
+        here = engine.row_at[:N]  # rows that ended early have other places now
+        fed = engine.feed(engine.E[prefill_ids[here]], prefill_mask[here])
+        hidden = last(fed, prefill_mask[here])[here.argsort()]  # [N, H]
+        hard = Setting("hard", answer_tau, 0.0)
+        engine.begin(hard, max_answer, hidden, u[:, max_cot:], None, 0.0)
+        answer, _ = generate(engine, N, max_answer, lambda text: boxed(text) is not None)
     answers = [policy.decode(row[real]) for row, real in zip(answer.ids, answer.mask)]
     prefix = (setting, sigma, ids, mask, prefill_ids, prefill_mask)
     return Rollout(*prefix, cot, answer, stopped, cots, answers)
 
 
-def generate(decoder, hidden, setting, E, sigma, eps, u, done) -> tuple[Part, list[bool], list]:
-    """One phase, the CoT or the answer: up to T = u.shape[1] inputs a row, until done(its text).
+def generate(engine: Engine, N: int, T: int, done: Callable[[str], bool]) -> tuple:
+    """The phase that the engine began: up to T steps of N rows, each until done(its text).
 
-    hidden [N, H] of the column before, eps [N, T, K], u [N, T]. Returns the columns, which rows
-    were done, and what joined() takes. Finished rows idle, their further columns masked out, until
-    they are half of the batch, and then leave it."""
-    policy, (N, T) = decoder.policy, u.shape
-    here = torch.arange(N, device=u.device)  # [M] the rows in the batch
-    alive = torch.ones_like(here, dtype=torch.bool)  # [M]
-    texts, finished, part, left = [""] * N, [False] * N, {}, []
-    can_leave = all(type(x) is transformers.cache_utils.DynamicLayer for x in decoder.cache.layers)
-    for t in range(T):
-        noise = eps[here, t] if sigma else None
-        column = next_input(policy, hidden, setting, E, sigma, noise, u[here, t])
-        hidden = decoder.feed(alive[:, None], inputs_embeds=column.x[:, None])[:, 0]
-        column.x, column.mask = (None if setting.cot == "hard" else column.x), alive
-        for name, value in vars(column).items():
-            if value is not None:
-                part[name] = part[name] if t else value.new_zeros(N, T, *value.shape[1:])
-                part[name][here, t] = value
-        goes_on = alive.tolist()
-        for m, (n, token) in enumerate(zip(here.tolist(), column.ids.tolist())):
-            if goes_on[m]:
+    Returns the Part and which rows were done. The text is looked at now and then; what a row went
+    on with behind its end is masked out."""
+    policy, device = engine.policy, engine.real.device
+    texts, finished, length, going, t = [""] * N, [False] * N, [T] * N, list(range(N)), 0
+    while going and t < T:
+        count = min(LOOK[device.type], T - t)
+        engine.reserve(count)
+        for _ in range(count):
+            engine.run_step()
+        tokens = engine.buffers[engine.setting]["ids"][:N, t : t + count].tolist()
+        for n in going:
+            for i, token in enumerate(tokens[n], start=t + 1):
                 texts[n] += policy.piece(token)
                 finished[n] = done(texts[n])
-                goes_on[m] = not finished[n] and token not in policy.ends
-        if not any(goes_on):
-            break
-        alive = torch.tensor(goes_on, device=u.device)
-        if can_leave and 2 * sum(goes_on) <= len(goes_on):
-            left.append((here[~alive], decoder.rows(~alive)))
-            decoder.cache, decoder = None, decoder.rows(alive)  # the caller has it, too: free it
-            here, hidden, alive = here[alive], hidden[alive], alive[alive]
-    part = Part(**{"x": None} | {name: whole[:, : t + 1] for name, whole in part.items()})
-    part.logp, part.entropy = part.logp * part.mask, part.entropy * part.mask
-    return part, finished, [*left, (here, decoder)]
+                if finished[n] or token in policy.ends:
+                    length[n] = i
+                    break
+        t += count
+        still = [n for n in going if length[n] > t]
+        if len(still) < len(going):
+            engine.leave(length, t)
+        going = still
+    engine.batch = N
+    return engine.part(length), finished
 
 
-# ---- 7. Log-probabilities, advantages, loss -----------------------------------------------------
-def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
+# ---- 8. Log-probabilities, advantages, loss -----------------------------------------------------
+def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     """log pi of every CoT position [N, T] and answer token [N, A] of a rollout, with gradient.
 
-    One pass over the stored inputs; the noisy ht_t are constants, the means h_t are recomputed from
-    them (eqs 9, 10). Positions outside the masks are 0; prompt, prefill and pads have no entry.
-    Each different prompt runs once, and its samples attend to a copy of its keys and values."""
+    One pass over the stored inputs; means are recomputed from them (eqs 9, 10). Positions outside
+    the masks are 0; prompt, prefill and gaps have no entry. Each different prompt runs once, its
+    samples attend to a copy of its keys and values. The third tensor, [N, T] without gradient, is
+    how far each mean is from the rollout's, in sigma: rounding (0 for hard tokens)."""
     embed = policy.model.get_input_embeddings()
-    mask = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
+    real = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
     prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
     prompts, which = prompts.unique(dim=0, return_inverse=True)  # [B, P] different ones, [N]
     P, T, F, A = (x.shape[1] for x in (prompts, r.cot.ids, r.prefill_ids, r.answer.ids))
@@ -853,49 +1137,60 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
     rest = both[prompts.numel() :].unflatten(0, ids.shape)  # [N, T+F+A, D]
     if r.cot.x is not None:
         rest = torch.cat([r.cot.x, rest[:, T:]], dim=1)
-
-    def logp_of(part: Part, setting: Setting, hidden: Tensor) -> Tensor:
-        """log pi of a phase whose positions follow on hidden [N, T, H]: [N, T]."""
-
-        def logp(hidden, ids, noisy, top) -> Tensor:
-            """The same of M positions: [M]."""
-            logits = policy.head(hidden)
-            if setting.cot == "hard":
-                return categorical_logp(ids, logits, setting.tau)
-            mean, _ = before_noise(hidden, logits, setting, policy.embeddings(), top)
-            return gaussian_logp(noisy, mean, r.sigma)
-
-        noisy = part.x if part.z is None else part.z
-        return in_chunks(logp, embed.num_embeddings, part.mask, hidden, part.ids, noisy, part.top)
-
+    columns = torch.arange(P + T + F + A, device=ids.device)
     with policy.arithmetic():
-        decoder = Decoder(policy)
         if policy.recomputes:  # layers that run twice can't fill a cache
-            decoder.cache = None
-            whole = torch.cat([prompt[which], rest], dim=1)  # [N, L, D]
-            hidden = decoder.feed(mask, inputs_embeds=whole)[:, P - 1 :]
+            hidden = policy.run(torch.cat([prompt[which], rest], dim=1), real, columns)  # [N, L, H]
         else:
-            first = decoder.feed(prompts >= 0, inputs_embeds=prompt)  # [B, P, H]
-            hidden = decoder.rows(which).feed(mask[:, P:], inputs_embeds=rest)  # [N, T+F+A, H]
-            hidden = torch.cat([first[which, -1:], hidden], dim=1)
-        # hidden[:, i] predicts column i of [CoT | prefill | answer]
-        hidden.requires_grad_(torch.is_grad_enabled())  # in_chunks() needs it, even of a constant
-        cot = logp_of(r.cot, r.setting, hidden[:, :T])
-        answer = logp_of(r.answer, SETTINGS["hard_sample"], hidden[:, T + F : T + F + A])
-    return cot, answer
+            cache = transformers.DynamicCache()
+            first = policy.run(prompt, prompts >= 0, columns[:P], cache)  # [B, P, H]
+            cache.batch_select_indices(which)
+            hidden = policy.run(rest, real, columns[P:], cache)
+            hidden = torch.cat([first[which], hidden], dim=1)  # [N, L, H]
+        # a column is predicted by the last real one before it: no gap is
+        before = torch.where(real, columns, 0).cummax(dim=1).values.roll(1, dims=1)  # [N, L]
+        cot = phase_logp(policy, r.cot, r.setting, r.sigma, hidden, before[:, P : P + T])
+        hard = SETTINGS["hard_sample"]
+        answer = phase_logp(policy, r.answer, hard, 0.0, hidden, before[:, P + T + F :])
+    return cot[0], answer[0], cot[1]
 
 
-def in_chunks(f: Callable, V: int, mask: Tensor, *tensors: Optional[Tensor]) -> Tensor:
-    """f over the True positions of mask [N, T], 0 elsewhere, a few at a time: [N, T].
+def phase_logp(policy: Policy, part: Part, setting: Setting, sigma: float, hidden: Tensor,
+               before: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi of a phase's positions, with gradient, and how far their means moved: [N, T] each.
 
-    What f makes (logits: V numbers a position, the largest tensors of all) exists for one chunk
-    only, and is made again in the backward pass, where "reentrant" adds each chunk's gradient to
-    the weights' at once instead of summing them beside it. tensors: [N, T, ...], or None."""
-    size = max(1, CHUNK // V)
-    parts = [itertools.repeat(t) if t is None else t[mask].split(size) for t in tensors]
-    run = partial(recompute, f, use_reentrant=True) if torch.is_grad_enabled() else f
-    values = torch.cat([run(*part) for part in zip(*parts)])
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
+    hidden [N, L, H]; before [N, T]: the column that predicts each position. What is made on the way
+    (logits: V numbers a position, the largest tensors of all) exists for a few positions at a time,
+    and is made again in the backward pass, where "reentrant" adds the gradient of each few to that
+    of the weights at once instead of summing them beside it."""
+    row, place = part.mask.nonzero(as_tuple=True)  # [M] the real positions
+    # recomputation needs an input with gradient, even if all of it is constant
+    found = hidden[row, before[row, place]].requires_grad_(torch.is_grad_enabled())  # [M, H]
+    noisy = part.x if part.z is None else part.z
+    fields = [None if x is None else x[row, place] for x in (part.ids, part.eps, noisy, part.top)]
+    one = partial(positions_logp, policy, setting, sigma)
+    if torch.is_grad_enabled():
+        one = partial(recompute, one, use_reentrant=True)
+    size, values = max(1, CHUNK // policy.model.get_input_embeddings().num_embeddings), []
+    for i in range(0, max(1, len(row)), size):
+        some = slice(i, i + size)
+        values.append(one(found[some], *(None if x is None else x[some] for x in fields)))
+    logp, moved = (torch.cat(x) for x in zip(*values))
+    zeros = torch.zeros(part.mask.shape, device=hidden.device)
+    return zeros.index_put((row, place), logp), zeros.index_put((row, place), moved.detach())
+
+
+def positions_logp(policy: Policy, setting: Setting, sigma: float, hidden: Tensor, ids: Tensor,
+                   eps: Tensor, noisy: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi of M positions and how far their means moved, in sigma: [M] each.
+
+    hidden [M, H], ids [M], eps and noisy [M, K] or None, top [M, k] or None: see Part."""
+    logits = policy.head(hidden)
+    if setting.cot == "hard":
+        return categorical_logp(ids, logits, setting.tau), torch.zeros(len(ids), device=ids.device)
+    mean, _ = before_noise(hidden, logits, setting, policy.embeddings(), top)
+    moved = (noisy - sigma * eps - mean.detach()).float().norm(dim=-1) / sigma
+    return soft_logp(eps, mean, sigma), moved
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
@@ -913,25 +1208,63 @@ def micro_batches(r: Rollout, advantages: Tensor, tokens: int) -> list[tuple[Ten
     return [(index, advantages[index]) for index in parts if len(index)]
 
 
-def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor, micro_batch: int) -> dict:
-    """Add the gradient of -(1/N) sum_n A_n l_n to the parameters (eqs 8, 13-15); return statistics.
+def affordable_tokens(policy: Policy) -> int:
+    """How many tokens one backward pass may have: as many as the memory has room for.
+
+    Each matrix keeps its input and its output until then: 1 MB a token for a model of 0.5B in bf16.
+    On a CPU 4 GiB are taken for it. On a GPU 0.6 of what is left when gradients, cast weights and
+    the head with its gradient in fp32 have theirs."""
+    device, free = policy.model.device, 2**32
+    weights = list(policy.model.parameters())
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        gradients = sum(w.nbytes for w in weights if w.grad is None)
+        casts = sum(2 * w.numel() for w in weights) if policy.mixed else 0
+        head = 4 * policy.model.get_input_embeddings().weight.numel()
+        free = 0.6 * (torch.cuda.mem_get_info(device)[0] + unused - gradients - casts - 4 * head)
+    layers = [m for m in policy.model.base_model.modules() if not isinstance(m, nn.Embedding)]
+    matrices = [w for m in layers for w in m.parameters(recurse=False) if w.dim() == 2]
+    size = 2 if policy.mixed else weights[0].itemsize
+    return max(1, int(free / sum(sum(w.shape) * size for w in matrices)))
+
+
+def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
+                    micro_batch: Optional[int] = None) -> tuple[float, Tensor, Tensor]:
+    """Add the gradient of -(1/N) sum_n A_n l_n to the parameters (eqs 8, 13-15); return the loss.
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
-    the whole rollout, so micro_batch (tokens at a time) changes no gradient but for rounding. loss:
-    that value; logp_gap: largest distance of a log-probability from the rollout's (rounding)."""
-    loss, gaps = 0.0, [0.0]
-    for index, advantage in micro_batches(r, advantages, micro_batch):
+    the whole rollout, so micro_batch (tokens at a time) changes no gradient but for rounding. Also
+    returned, of each position: how far a hard token's log-probability is from the rollout's, in
+    nats, and how far a soft token's mean moved, in sigma, [M] each, M as many as there are."""
+    loss, gaps, moves = 0.0, [], []
+    for index, advantage in micro_batches(r, advantages, micro_batch or affordable_tokens(policy)):
         part = rows_of(r, index)
-        cot, answer = log_probs(policy, part)  # [M, T], [M, A]
+        cot, answer, moved = log_probs(policy, part)  # [M, T], [M, A], [M, T]
         part_loss = -(advantage * (cot.sum(1) + answer.sum(1))).sum() / len(advantages)
         part_loss.backward()
         loss += part_loss.item()
-        gap = torch.cat([cot - part.cot.logp, answer - part.answer.logp], dim=1).detach()
-        gaps.append(gap.abs().max().item())
-    return {"loss": loss, "logp_gap": float(np.max(gaps))}  # NaN if one is
+        gaps.append((answer.detach() - part.answer.logp)[part.answer.mask])
+        if r.setting.cot == "hard":
+            gaps.append((cot.detach() - part.cot.logp)[part.cot.mask])
+        else:
+            moves.append(moved[part.cot.mask])
+    none = [torch.zeros(0)]
+    return loss, torch.cat(gaps or none).abs().cpu(), torch.cat(moves or none).cpu()
 
 
-# ---- 8. Evaluation ------------------------------------------------------------------------------
+def disagreement(gaps: Tensor, moves: Tensor) -> dict:
+    """What metrics.jsonl says of how well rollout and loss agree; NaN if one of them is, or none.
+
+    logp_gap: largest distance of a hard token's log-probability, in nats (of the answers in every
+    mode). mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
+    stats = {"logp_gap": gaps.max().item() if len(gaps) else 0.0}
+    if len(moves):
+        quantiles = np.quantile(moves.numpy(), [0.5, 0.99, 1.0]).tolist()
+        stats |= dict(zip(("mean_moved", "mean_moved_p99", "mean_moved_max"), quantiles))
+    return stats
+
+
+# ---- 9. Evaluation ------------------------------------------------------------------------------
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c,k)/C(n,k).
 
@@ -947,7 +1280,7 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *ho
     Each sample's noise depends on (labels, problem, sample) alone; a problem may come twice."""
     before = [problems[:b].count(problem) for b, problem in enumerate(problems)]
     samples = [(p, n * G + g) for p, n in zip(problems, before) for g in range(G)]
-    seeds = [row_seed(*labels, problem.id, g) for problem, g in samples]
+    seeds = row_seeds([(*labels, problem.id, g) for problem, g in samples])
     advice = "out of GPU memory in sampling: lower --samples, --prompts or the longest CoT"
     with explained(torch.OutOfMemoryError, advice):
         r = rollout(policy, [problem.prompt for problem, _ in samples], seeds, *how)
@@ -1016,12 +1349,12 @@ def evaluate_choices(policy: Policy, name: str, config: Config) -> dict:
             raise Stopped
         question, options, right = read(row)
         ids, mask = policy.tokenize([question] * len(options))  # [options, P]
-        option_ids, option_mask = policy.tokenize(options, special=False, pad="right")
+        option_ids, option_mask = policy.tokenize(options, special=False)
         none = ids[:, :0]  # [options, 0]
         cot = Part(None, none, none, none, mask=none.bool())
         answer = Part(None, option_ids, none, none, mask=option_mask)
         prefix = (SETTINGS["hard_sample"], 0.0, ids, mask, none, none.bool())
-        _, logp = log_probs(policy, Rollout(*prefix, cot, answer, [], [], []))
+        _, logp, _ = log_probs(policy, Rollout(*prefix, cot, answer, [], [], []))
         logp = logp.sum(1) / option_mask.sum(1)  # [options] nats per token
         scores["accuracy"].append(logp.argmax().item() == right)
         scores["nll"].append(-logp[right].item())
@@ -1059,7 +1392,7 @@ def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> tupl
     return figures[0]
 
 
-# ---- 9. Files -----------------------------------------------------------------------------------
+# ---- 10. Files -----------------------------------------------------------------------------------
 @contextmanager
 def replacing(path: Path):
     """A name to write to, renamed to path once all is on the disk; if that fails, path stays."""
@@ -1117,7 +1450,7 @@ def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, fl
     return state["step"], state["best"]
 
 
-# ---- 10. Training -------------------------------------------------------------------------------
+# ---- 11. Training -------------------------------------------------------------------------------
 def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> list[Problem]:
     """The B problems of a step: a fresh shuffle each epoch, as a function of (seed, step) alone."""
     n = len(problems)
@@ -1153,14 +1486,23 @@ class AdamW16(torch.optim.AdamW):
 
 
 def make_optimizer(policy: Policy, config: Config) -> tuple:
-    """AdamW of all parameters, and its learning rate: linear warm-up, then cosine decay to 0."""
+    """AdamW of all parameters, and its learning rate: linear warm-up, then cosine decay to 0.
+
+    The first step has 1/warm-up of the peak, so that it is not made for nothing."""
     kind = AdamW16 if config.dtype == "bf16" else torch.optim.AdamW
     optimizer = kind(policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
     for w in policy.model.parameters():  # or torch's get_state_dict() would make it by a step
         moments = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[w] = {"step": torch.tensor(0.0), **moments}
-    lengths = (config.warmup, config.steps)
-    return optimizer, transformers.get_cosine_schedule_with_warmup(optimizer, *lengths)
+
+    def share(step: int) -> float:
+        """The share of the peak learning rate that a step has."""
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        done = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return 0.5 + 0.5 * math.cos(math.pi * done)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def peak_gib(device: torch.device) -> float:
@@ -1190,15 +1532,16 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
     advice = "out of GPU memory in the backward pass: lower --micro-batch, or add"
     with explained(torch.OutOfMemoryError, f"{advice} --gradient-checkpointing or --dtype bf16"):
-        stats = policy_gradient(policy, r, advantages.to(policy.model.device), config.micro_batch)
+        advantages = advantages.to(policy.model.device)
+        loss, gaps, moves = policy_gradient(policy, r, advantages, config.micro_batch)
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
     lr = schedule.get_last_lr()[0]
-    skipped = not math.isfinite(norm + stats["loss"])
+    skipped = not math.isfinite(norm + loss)
     if skipped:
         ids = [problem.id for problem in problems]
-        tqdm.write(f"step {step + 1} skipped: loss {stats['loss']}, gradient {norm}; prompts {ids}")
+        tqdm.write(f"step {step + 1} skipped: loss {loss}, gradient {norm}; prompts {ids}")
     else:
-        torch.manual_seed(row_seed(config.seed, 2, step))  # of AdamW16's chances
+        torch.manual_seed(row_seeds([(config.seed, 2, step)]).item())  # of AdamW16's chances
         optimizer.step()
     schedule.step()
     optimizer.zero_grad()
@@ -1211,42 +1554,12 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
         "cot_len": r.cot.mask.sum(1).float().mean().item(),
         "stop_rate": float(np.mean(r.stopped)), "grader_timeouts": GRADER.timeouts,
         "cot_entropy": (r.cot.entropy.sum() / r.cot.mask.sum()).item(),
-        **stats, "grad_norm": norm, "lr": lr, "skipped": skipped,
+        "loss": loss, **disagreement(gaps, moves), "grad_norm": norm, "lr": lr, "skipped": skipped,
         "rollout_s": rolled - start, "train_s": trained - rolled,
         "tokens_per_s": tokens / (rolled - start),
         "rollout_gib": rollout_gib, "train_gib": train_gib,
     }
     return metrics, r, rewards
-
-
-def bench(policy: Policy, config: Config) -> str:
-    """Print the table of --bench, medians of three steps after a first one; returns its last row.
-
-    generate() makes as many tokens as a rollout may. mixed_groups 0: train_s has no backward."""
-    list(map(signal.signal, (signal.SIGINT, signal.SIGTERM), [signal.SIG_DFL] * 2))  # may end it
-    coin = itertools.cycle([True, False])  # judges answers in boxes, so that groups are mixed
-    problems = load_problems(config, config.task, "train")[: config.prompts]
-    problems = [dataclasses.replace(p, equal=lambda *_: next(coin)) for p in problems]
-    still = dataclasses.replace(config, lr=1e-30)  # so that the modes meet the same weights
-    optimizer, schedule = make_optimizer(policy, still)
-    columns = "tokens_per_s rollout_s train_s rollout_gib train_gib mixed_groups".split()
-    print(" " * 10, *(f"{name:>12}" for name in columns), flush=True)
-    for cot in ("hard", "soft", "fuzzy"):
-        mode = SETTINGS[f"{cot}_sample"]
-        new = dict(cot=cot, tau=mode.tau, sigma_scale=mode.noise or None, noise_at="embedding")
-        how = (dataclasses.replace(config, **new), optimizer, schedule)
-        seen = [train_step(policy, problems, step, *how)[0] for step in range(4)]
-        medians = [np.median([metrics[name] for metrics in seen[1:]]) for name in columns]
-        print(f"{cot:10}", *(f"{x:12.2f}" for x in medians), flush=True)
-    for module in policy.model.modules():
-        module.__dict__.pop("forward", None)  # generate() as it comes, without few_rows()
-    prompts, new = [problem.prompt for problem in problems], config.max_cot + config.max_answer
-    ids, mask = policy.tokenize([prompt for prompt in prompts for _ in range(config.samples)])
-    how = dict(do_sample=True, top_k=0, min_new_tokens=new, max_new_tokens=new, attention_mask=mask)
-    with policy.arithmetic():
-        seen = timeit.repeat(lambda: policy.model.generate(ids, **how), number=1, repeat=4)
-    s = np.median(seen[1:])
-    return f"generate() {len(ids) * new / s:12.2f} {s:12.2f}"
 
 
 def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: int,
@@ -1306,7 +1619,7 @@ def train(policy: Policy, config: Config, out: Path) -> None:
         bar.set_postfix({k: round(metrics[k], 2) for k in ("success", "cot_len")}, best=best)
 
 
-# ---- 11. Main -----------------------------------------------------------------------------------
+# ---- 12. Main -----------------------------------------------------------------------------------
 def parse(arguments: list[str]) -> Config:
     """Config from command-line arguments; UserError on an unknown flag or a bad value."""
     parser = transformers.HfArgumentParser(
@@ -1332,13 +1645,6 @@ def prepare(config: Config, out: Path) -> None:
 
 def run(config: Config) -> str:
     """What the program does; returns its last line."""
-    if config.report:
-        with explained(OSError, "--report takes folders with config.json and eval.json"):
-            table = report(config.report)
-        path = Path(config.out_dir or "runs") / "report.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(table, encoding="utf-8")
-        return f"{table}written to {path}"
     config, filled_in = filled(config)
     print(filled_in)
     torch.set_num_threads(config.threads)
@@ -1346,8 +1652,6 @@ def run(config: Config) -> str:
     out = Path(config.out_dir)
     prepare(config, out)
     policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
-    if config.bench:
-        return bench(policy, config)
     if not config.resume and not config.eval_only:
         for name in (*LOGS, "eval.json", "state.pt"):
             (out / name).unlink(missing_ok=True)  # of an older run
@@ -1364,8 +1668,10 @@ def run(config: Config) -> str:
     last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
     if not config.eval_limit:
         return f"Not evaluated {last}"
-    best = load_policy(config, str(out / "model"))
-    _, score = evaluate_all(best, config, "trained", out / "eval.json")
+    del policy
+    gc.collect()  # of the model that was trained, before the best one is loaded
+    policy = load_policy(config, str(out / "model"))
+    _, score = evaluate_all(policy, config, "trained", out / "eval.json")
     plot_pass_at_k(out, config.cot, config.eval_tasks[0])
     return f"{what} {before:.3f} -> {score:.3f} {last}, figures and tables in {out}"
 
@@ -1392,7 +1698,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     return 0
 
 
-# ---- 12. Several processes: torchrun ------------------------------------------------------------
+# ---- 13. Several processes: torchrun ------------------------------------------------------------
 class Torchrun:
     """The same program in several processes, each with its share of the rows of every batch.
 
@@ -1447,23 +1753,24 @@ class Torchrun:
         for module in shards:
             module.unshard()
         rows = range(self.rank, len(seeds), self.world) or [0]
-        r = self.alone.rollout(policy, [prompts[n] for n in rows], [seeds[n] for n in rows], *how)
+        prompts, mine = [prompts[n] for n in rows], seeds[list(rows)]
+        r = self.alone.rollout(policy, prompts, mine, *how)
+        forget_engine(policy)  # it knows the weights by their place, and FSDP2 moves them
         for module in shards:
             module.reshard()
         policy.model.set_reshard_after_forward(True)
 
-        def whole(x, side="right"):
-            """Of a field of my rows, the same of all rows; shorter ones are padded on that side."""
+        def whole(x):
+            """Of a field of my rows, the same of all rows; shorter ones are padded at their end."""
             if isinstance(x, (Part, Rollout)):
-                sides = {k: "left" if k.startswith("pr") else "right" for k in vars(x)}
-                return type(x)(**{k: whole(v, sides[k]) for k, v in vars(x).items()})
+                return type(x)(**{k: whole(v) for k, v in vars(x).items()})
             if not isinstance(x, (list, Tensor)):
                 return x
             every = self.gather(x.cpu() if isinstance(x, Tensor) else x)
             rows = [every[n % self.world][n // self.world] for n in range(len(seeds))]
             if isinstance(x, list):
                 return rows
-            return nn.utils.rnn.pad_sequence(rows, True, padding_side=side).to(x.device)
+            return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(x.device)
 
         return whole(r)
 
@@ -1478,15 +1785,18 @@ class Torchrun:
             mine, some = slice(self.rank, None, self.world), self.rank < len(index)
             yield (index[mine], A[mine] * self.world) if some else (index[:1], 0 * A[:1])
 
-    def log_probs(self, policy: Policy, r: Rollout) -> tuple[Tensor, Tensor]:
+    def log_probs(self, policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """The same, called so that FSDP2 gathers weights for it and sees its backward pass."""
         return policy.model.call(self.alone.log_probs, policy, r)
 
-    def policy_gradient(self, *how) -> dict:
-        """The gradient, which FSDP2 takes the mean of, and the statistics of all processes."""
-        every = self.gather(self.alone.policy_gradient(*how))
-        loss, gaps = ([stats[key] for stats in every] for key in ("loss", "logp_gap"))
-        return {"loss": float(np.mean(loss)), "logp_gap": float(np.max(gaps))}
+    def affordable_tokens(self, policy: Policy) -> int:
+        """What the process with the least memory can afford: all make as many micro-batches."""
+        return min(self.gather(self.alone.affordable_tokens(policy)))
+
+    def policy_gradient(self, *how) -> tuple[float, Tensor, Tensor]:
+        """The gradient, which FSDP2 takes the mean of, and what all processes say of it."""
+        loss, gaps, moves = zip(*self.gather(self.alone.policy_gradient(*how)))
+        return float(np.mean(loss)), torch.cat(gaps), torch.cat(moves)
 
     def round_by_chance(self, x: DTensor) -> DTensor:
         """The same of this process's share of a tensor."""

@@ -37,6 +37,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import softcot
 import toy_tasks
+from results import bench, gpu, rounding
 from softcot import SETTINGS, Policy, Problem, Setting
 
 HERE = Path(__file__).parent
@@ -91,11 +92,11 @@ PROMPTS = ["What is 1+2?", "Hi", "A rather longer question, which needs no paddi
 
 
 def seeds_for(N):
-    return [softcot.row_seed(5, n) for n in range(N)]
+    return softcot.row_seeds([(5, n) for n in range(N)])
 
 
 def sample(policy, setting, prompts=PROMPTS, seeds=None, max_cot=12, max_answer=5, answer_tau=1.0):
-    seeds = seeds or seeds_for(2 * len(prompts))
+    seeds = seeds_for(2 * len(prompts)) if seeds is None else seeds
     prompts = [text for text in prompts for _ in range(len(seeds) // len(prompts))]
     return softcot.rollout(policy, prompts, seeds, setting, max_cot, max_answer, answer_tau)
 
@@ -108,7 +109,7 @@ class Scripted(nn.Module):
         self.config = transformers.LlamaConfig(num_hidden_layers=1)
         self.generation_config = transformers.GenerationConfig(eos_token_id=1)
         self.embed = nn.Embedding(len(tokenizer), 4)
-        self.scripts, self.calls, self.sizes, self.fed = scripts, [], [], []
+        self.scripts, self.sizes, self.fed = scripts, [], []
         self.starts = self.embed(torch.tensor(tokenizer(prompts).input_ids))  # [prompts, 1, 4]
         self.device = torch.device("cpu")
         self.base_model = self.write
@@ -119,17 +120,17 @@ class Scripted(nn.Module):
     def get_output_embeddings(self):
         return nn.Identity()  # write() makes logits right away
 
-    def write(self, attention_mask, past_key_values, input_ids=None, inputs_embeds=None, **_):
-        x = inputs_embeds if input_ids is None else self.embed(input_ids)
-        self.calls.append("ids" if inputs_embeds is None else "embeds")
+    def write(self, attention_mask, past_key_values, inputs_embeds, **_):
+        x = inputs_embeds
         self.sizes.append(len(x))
         self.fed.append(x)
         keys, _ = past_key_values.update(x[:, None], x[:, None], 0)
-        logits = torch.full((len(x), 1, self.embed.num_embeddings), -20.0)
-        for n, count in enumerate(attention_mask.sum(1).tolist()):
+        logits = torch.full((len(x), x.shape[1], self.embed.num_embeddings), -20.0)
+        for n, counts in enumerate(attention_mask[:, 0].sum(-1).tolist()):
             prompt = (self.starts[:, 0] == keys[n, 0, 0]).all(1).int().argmax()
             script = self.scripts[prompt]
-            logits[n, 0, script[min(count - 1, len(script) - 1)]] = 20.0
+            for c, count in enumerate(counts):
+                logits[n, c, script[min(count - 1, len(script) - 1)]] = 20.0
         return BaseModelOutput(last_hidden_state=logits)
 
 
@@ -197,6 +198,17 @@ def test_the_mixture_of_a_certain_token_is_its_embedding_as_the_model_computes_i
     assert torch.equal(softcot.mixture(logits, 0.5, E), policy.model.get_input_embeddings()(torch.arange(V)))
 
 
+def test_a_mixture_without_negligible_tokens_is_that_of_all_tokens():
+    torch.manual_seed(0)
+    logits, E = 20 * torch.randn(4, 5000), torch.randn(5000, 16)
+    exact = torch.softmax(logits.double() / 0.5, -1) @ E.double()
+    assert len(softcot.likely(torch.softmax(logits / 0.5, -1), E)[1]) < 100
+    with torch.no_grad():
+        torch.testing.assert_close(softcot.mixture(logits, 0.5, E), exact.float(), rtol=0, atol=2e-6)
+        flat = softcot.mixture(torch.zeros(2, 5000), 0.5, E)  # nobody may be left out
+    torch.testing.assert_close(flat, E.mean(0).expand(2, 16), rtol=0, atol=1e-6)
+
+
 def test_embeddings_of_a_scaling_model_are_scaled_and_carry_gradient():
     policy = tiny_policy("gemma")
     weight = policy.model.get_input_embeddings().weight
@@ -237,7 +249,7 @@ def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
     """One sequence without cache, padding or batch, and its log-probabilities, in a plain loop."""
     model, E = policy.model, policy.embeddings().detach()
     sigma = setting.noise * E.square().mean().sqrt().item()
-    u, eps = softcot.draw([seed], max_cot, max_answer, E.shape[1] if sigma else 0, "cpu")
+    u, eps = softcot.draw(seed[None], max_cot, max_answer, E.shape[1] if sigma else 0)
     x = policy.model.get_input_embeddings()(policy.tokenizer(prompt, return_tensors="pt").input_ids)[0].detach()
     tokens, inputs, logps, text = [], [], [], ""
     for t in range(max_cot):
@@ -296,9 +308,11 @@ def test_a_cached_batched_padded_rollout_equals_a_plain_one(kind, name, ends):
         assert r.cot.ids[n, :T].tolist() == tokens
         assert r.answer.ids[n, :A].tolist() == answer
         if setting.cot != "hard":  # a soft CoT feeds back on itself, so that rounding errors grow
-            torch.testing.assert_close(r.cot.x[n, :T], inputs, rtol=0, atol=2e-3)
+            torch.testing.assert_close(r.cot.x[n, : min(T, 8)], inputs[:8], rtol=0, atol=2e-4)
+            torch.testing.assert_close(r.cot.x[n, :T], inputs, rtol=0, atol=2e-2)
         np.testing.assert_allclose(r.cot.logp[n, :T], logps, rtol=1e-3, atol=2e-3)
-        np.testing.assert_allclose(r.answer.logp[n, :A], answer_logps, rtol=1e-3, atol=2e-3)
+        atol = 2e-3 if setting.cot == "hard" else 2e-2
+        np.testing.assert_allclose(r.answer.logp[n, :A], answer_logps, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -327,7 +341,7 @@ def test_hard_greedy_equals_generate_token_for_token(kind):
 def test_recomputed_log_probabilities_equal_those_of_the_rollout(kind, name):
     policy = tiny_policy(kind)
     r = sample(policy, SETTINGS[name])
-    cot, answer = softcot.log_probs(policy, r)
+    cot, answer, moved = softcot.log_probs(policy, r)
     # Through softmax(logits / 0.0001) rounding of the logits counts 10,000 times: look at residuals.
     atol = 0.5 if "fuzzy" in name else 2e-3
     torch.testing.assert_close(cot.detach(), r.cot.logp, rtol=1e-3, atol=atol)
@@ -377,31 +391,283 @@ def test_noise_elsewhere_is_gaussian_there_and_its_log_probability_is_recomputed
         scale.append(np.sort(-logits[0])[:5] if at == "topk-logits" else mean[0])
     assert np.std(ratios) == pytest.approx(1, abs=4 / (2 * len(ratios)) ** 0.5)
     assert r.sigma == pytest.approx(0.33 * np.sqrt(np.square(scale).mean()), rel=1e-3)
-    cot, _ = softcot.log_probs(policy, r)
+    cot, _, moved = softcot.log_probs(policy, r)
     torch.testing.assert_close(cot.detach(), r.cot.logp, rtol=1e-3, atol=2e-3)
+    assert moved.max() < 0.01
 
 
-@pytest.mark.parametrize("at", AT)
-def test_noise_elsewhere_has_the_gradient_of_finite_differences(at):
-    policy = tiny_policy("llama")
+PLACES = [("soft", "embedding"), ("fuzzy", "embedding"), *(("soft", at) for at in AT)]
+
+
+def recomputed_logp(policy, r):
+    """Equation 10 read literally: minus the distance of the x that was fed from the mean now."""
+    noisy = r.cot.x if r.cot.z is None else r.cot.z
+    real = torch.cat([r.prompt_mask, r.cot.mask], dim=1)
+    embed = policy.model.get_input_embeddings()
+    x = torch.cat([embed(r.prompt_ids), r.cot.x], dim=1)
+    P, total = r.prompt_ids.shape[1], 0
+    hidden = policy.run(x, real, torch.arange(real.shape[1]))
+    for n in range(len(x)):  # the last column of the prompt that is no gap, then the CoT's
+        T = int(r.cot.mask[n].sum())
+        before = [int(r.prompt_mask[n].sum()) - 1, *range(P, P + T - 1)]
+        h, top = hidden[n, before], None if r.cot.top is None else r.cot.top[n, :T]
+        mean, _ = softcot.before_noise(h, policy.head(h), r.setting, policy.embeddings(), top)
+        total = total + (1 + n) * softcot.gaussian_logp(noisy[n, :T], mean, r.sigma).sum()
+    return total
+
+
+def grads_of(policy, value):
+    policy.model.zero_grad()
+    value.backward()
+    return torch.cat([w.grad.flatten() for w in policy.model.parameters() if w.grad is not None])
+
+
+def score_of_noise(policy, r):
+    """What softcot makes of it: the same sum of log-probabilities, each row with its own weight."""
+    cot, _, _ = softcot.log_probs(policy, r)
+    return (cot.sum(1) * torch.arange(1, len(cot) + 1)).sum()
+
+
+@pytest.mark.parametrize("cot, at", PLACES)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_score_of_the_noise_is_that_of_equation_10_where_nothing_is_rounded(kind, cot, at):
+    policy = tiny_policy(kind)
     policy.model.double()
-    setting = Setting("soft", 0.5, 0.33, noise_at=at)
-    r = sample(policy, setting, max_cot=6)
-    weight = policy.model.model.layers[0].self_attn.q_proj.weight
+    setting = Setting(cot, 0.5 if cot == "soft" else 0.1, 0.33, noise_at=at)
+    r = sample(policy, setting)
+    ours, oracle = score_of_noise(policy, r), recomputed_logp(policy, r)
+    assert ours.item() == pytest.approx(oracle.item(), rel=1e-4)
+    ours, oracle = grads_of(policy, ours), grads_of(policy, oracle)
+    assert (ours - oracle).abs().max() < 1e-4 * oracle.abs().max()
 
-    def total():
-        return softcot.log_probs(policy, r)[0].sum()
 
-    total().backward()
-    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
-    h, values = 1e-3, []
-    for sign in (1, -1):
-        with torch.no_grad():
-            weight += sign * h * direction
-            values.append(total().item())
-            weight -= sign * h * direction
-    slope = (values[0] - values[1]) / (2 * h)
-    assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=0.02)
+def wide_policy():
+    """Embeddings 512 wide, so two of them are 97 sigma apart, and sharp distributions with ties."""
+    torch.manual_seed(1)
+    tokenizer = char_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 10
+    return Policy(model, tokenizer)
+
+
+def rounded_rollout(policy, setting, seeds):
+    """A rollout by a model whose arithmetic is bf16, which the loss's need not be."""
+    policy.mixed, policy.engine = True, None
+    r = sample(policy, setting, seeds=seeds, max_cot=24)
+    policy.mixed, policy.engine = False, None
+    return r
+
+
+@pytest.mark.parametrize("cot, tau", [("soft", 0.5), ("fuzzy", 0.1)])
+def test_rounding_ruins_the_recomputed_gradient_and_not_that_of_the_noise(cot, tau):
+    """A rollout in bf16, a loss in fp32: the score is the noise that was drawn, or it is rounding."""
+    policy = wide_policy()
+    r = rounded_rollout(policy, Setting(cot, tau, 0.33), seeds_for(12))
+    exact = grads_of(policy, score_of_noise(policy, r))
+    assert softcot.log_probs(policy, r)[2].max() > 3  # sigma: there is a near-tie
+    recomputed = grads_of(policy, recomputed_logp(policy, r))
+    policy.mixed = True
+    rounded = grads_of(policy, score_of_noise(policy, r))  # the loss in bf16, too
+    assert torch.cosine_similarity(rounded, exact, dim=0) >= 0.97
+    assert torch.cosine_similarity(recomputed, exact, dim=0) < 0.7
+
+
+def test_no_row_of_an_attention_mask_is_empty(monkeypatch):
+    """Of a rollout, a loss and an evaluation of choices, with gaps in every place."""
+    seen = []
+
+    def recording(module, query, key, value, attention_mask, **how):
+        assert attention_mask.shape[-2:] == (query.shape[2], key.shape[2])
+        seen.append(attention_mask.detach().clone())
+        return transformers.integrations.sdpa_attention.sdpa_attention_forward(
+            module, query, key, value, attention_mask, **how
+        )
+
+    transformers.AttentionInterface.register("recording", recording)
+    policy = tiny_policy("llama")
+    policy.ends = set(range(0, 98, 9))  # early stops
+    policy.model.set_attn_implementation("recording")
+    monkeypatch.setattr(softcot, "STOP", " e")  # some CoTs are done, so that prefills differ
+    seeds = seeds_for(30)
+    r = sample(policy, SETTINGS["soft_sample"], seeds=seeds, max_cot=20, max_answer=9)
+    gaps = [~mask for mask in (r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask)]
+    assert all(gap.any() for gap in gaps)  # in every place
+    rollout_masks = len(seen)
+    softcot.policy_gradient(policy, r, torch.arange(30) - 14.5, 10**6)
+    policy.recomputes = True
+    softcot.policy_gradient(policy, r, torch.arange(30) - 14.5, 10**6)
+    policy.recomputes = False
+    loss_masks = len(seen)
+    row = {"ctx": "He sat", "endings": ["down", "on a chair", "up and ran away"], "label": "1"}
+    monkeypatch.setattr(softcot, "read_rows", lambda *_: [row])
+    config, _ = softcot.filled(softcot.Config(device="cpu"))
+    softcot.evaluate_choices(policy, "hellaswag", config)
+    assert 0 < rollout_masks < loss_masks < len(seen)
+    for mask in seen:
+        assert mask.dtype == torch.bool and mask.any(dim=-1).all()
+
+
+@pytest.mark.parametrize("bf16, given, taken", [(True, None, "bf16-mixed"), (False, None, "fp32"),
+                                                (True, "bf16", "bf16"), (False, "bf16-mixed", None)])
+def test_bf16_is_taken_where_a_gpu_has_it_and_is_never_emulated(bf16, given, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(  # as on a T4: yes, if emulation counts
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    if taken is None:
+        with pytest.raises(softcot.UserError, match="no bf16"):
+            softcot.filled(softcot.Config(dtype=given))
+    else:
+        assert softcot.filled(softcot.Config(dtype=given))[0].dtype == taken
+
+
+def test_a_gpu_is_given_tf32_and_an_attention_without_nan(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda how: seen.append(how))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: seen.append(on))
+    softcot.use_gpu_well("cpu")
+    assert seen == []
+    softcot.use_gpu_well("cuda:0")
+    assert seen == ["high", False]
+
+
+def test_the_first_step_trains_and_the_warm_up_ends_at_the_peak(tiny_folder, tmp_path):
+    tiny_run(tiny_folder, tmp_path / "a", "--warmup", "4", "--steps", "8")
+    lr = [row["lr"] for row in read_lines(tmp_path / "a" / "metrics.jsonl")]
+    assert lr[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert lr[4:] == sorted(lr[4:], reverse=True) and 0 < lr[-1] < 0.2e-3
+    tiny_run(tiny_folder, tmp_path / "one", "--warmup", "4", "--steps", "1")
+    old, new = (load_file(path / "model.safetensors") for path in (tiny_folder, tmp_path / "one" / "model"))
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+
+
+def test_random_numbers_are_those_of_splitmix64_and_depend_on_the_row_alone():
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    words = softcot.random_words(torch.tensor([1234567, 0]), torch.arange(4))
+    assert [int(w) % 2**64 for w in words[0]] == known  # published for this seed
+    state = np.uint64(0)  # the other row, in numpy's uint64
+    for word in words[1]:
+        state = (int(state) + 0x9E3779B97F4A7C15) % 2**64
+        z = state
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        assert int(word) % 2**64 == z ^ z >> 31
+    seeds = softcot.row_seeds([(7, 0, 3, n, g) for n in range(20) for g in range(10)])
+    assert len(set(seeds.tolist())) == 200
+    assert seeds[13] == softcot.row_seeds([(7, 0, 3, 1, 3)])[0]
+    u, eps = softcot.draw(seeds, 30, 5, 33)
+    assert u.shape == (200, 35) and eps.shape == (200, 30, 33)
+    few_u, few = softcot.draw(seeds[[9, 2]], 12, 0, 33)
+    assert torch.equal(few, eps[[9, 2], :12]) and torch.equal(few_u, u[[9, 2], :12])
+    for x, mean, var, fourth in ((eps, 0, 1, 3), (u, 0.5, 1 / 12, 1 / 80)):
+        x = x.double().flatten()
+        error = 4 / len(x) ** 0.5
+        assert x.mean().item() == pytest.approx(mean, abs=error)
+        assert x.var().item() == pytest.approx(var, abs=2 * error)
+        assert ((x - mean) ** 4).mean().item() == pytest.approx(fourth, abs=12 * error)
+    both = torch.corrcoef(torch.stack([eps[:, :, 0].flatten(), eps[:, :, 17].flatten(), u[:, :30].flatten()]))
+    assert (both - torch.eye(3)).abs().max() < 4 / 6000**0.5  # pairs of Box and Muller, too
+    assert 0 <= u.min() and u.max() < 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_one_engine_serves_many_rollouts(name, monkeypatch):
+    """With looks every 5 positions, few columns in use, other prompts and weights: as a new one."""
+    monkeypatch.setitem(softcot.LOOK, "cpu", 5)
+    monkeypatch.setitem(softcot.BLOCK, "cpu", 4)
+    policy, setting = tiny_policy("qwen2"), SETTINGS[name]
+    policy.ends = set(range(0, 98, 9))  # rows end early and leave
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1e-3)
+    batches = (PROMPTS, PROMPTS[1:2], ["a much longer prompt than those that came before it, " * 2])
+    for step, prompts in enumerate(batches):
+        seeds = softcot.row_seeds([(step, n) for n in range(4 * len(prompts))])
+        r = sample(policy, setting, prompts, seeds, max_cot=14)
+        for n in range(0, len(seeds), 3):
+            one = plain_rollout(policy, prompts[n // 4], seeds[n], setting, 14, 5)
+            tokens, inputs, logps, answer, answer_logps = one
+            T, A = len(tokens), len(answer)
+            assert r.cot.mask[n].sum() == T and r.answer.mask[n].sum() == A
+            assert r.cot.ids[n, :T].tolist() == tokens and r.answer.ids[n, :A].tolist() == answer
+            np.testing.assert_allclose(r.cot.logp[n, :T], logps, rtol=1e-3, atol=2e-3)
+            np.testing.assert_allclose(r.answer.logp[n, :A], answer_logps, rtol=1e-3, atol=2e-2)
+        if setting.deterministic:
+            continue
+        softcot.policy_gradient(policy, r, torch.randn(len(seeds)), 10**6)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Recorder:
+    """Stands in for CUDA graphs: what is called inside graph() is kept, not run; replay() runs it."""
+
+    def __init__(self, patch):
+        self.recording, self.runs, self.strict = None, [], "default"
+        self.stream = types.SimpleNamespace(wait_stream=lambda _: None)
+        for name, value in {
+            "current_stream": lambda: self.stream, "CUDAGraph": self.new,
+            "stream": lambda _: contextlib.nullcontext(), "graph": self.graph,
+            "set_sync_debug_mode": lambda mode: setattr(self, "strict", mode),
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, value)
+
+    def new(self):
+        return types.SimpleNamespace(replay=lambda: self.runs.append("replayed"))
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream):
+        self.recording = True
+        yield
+        self.recording = None
+
+
+def test_a_step_is_run_once_then_recorded_and_replayed(monkeypatch):
+    recorder = Recorder(monkeypatch)
+    step = lambda: recorder.runs.append("recorded" if recorder.recording else recorder.strict)
+    replay = softcot.Replay(step, None, recorder.stream)
+    for _ in range(4):
+        replay()
+    assert recorder.runs == ["error", "recorded", "replayed", "replayed", "replayed"]
+    assert recorder.strict == "default"
+
+
+def test_a_step_that_waits_for_the_host_is_run_as_it_is(monkeypatch, capsys):
+    recorder = Recorder(monkeypatch)
+
+    def step():
+        if recorder.strict == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        recorder.runs.append("run")
+
+    replay = softcot.Replay(step, None, recorder.stream)
+    for _ in range(3):
+        replay()
+    assert recorder.runs == ["run"] * 3 and capsys.readouterr().out.count("not replayed") == 1
+    failing = softcot.Replay(lambda: (_ for _ in ()).throw(RuntimeError("out of memory")), None, recorder.stream)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        failing()
+    assert recorder.strict == "default"
+
+
+def test_a_micro_batch_is_as_large_as_the_memory_allows(monkeypatch):
+    policy = tiny_policy("llama")
+    # 2 layers of q, k, v, o [32 -> 32, 16, 16, 32] and gate, up, down [32 -> 48, 48, and back]
+    token = 4 * 2 * (64 + 48 + 48 + 64 + 3 * 80)
+    assert softcot.affordable_tokens(policy) == 2**32 // token
+    names = ("parameters", "base_model", "get_input_embeddings")
+    same = {name: getattr(policy.model, name) for name in names}
+    gpu_model = types.SimpleNamespace(**same, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 2 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5 * 10**8)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * 10**8)
+    weights, V = sum(w.numel() for w in policy.model.parameters()), len(policy.tokenizer)
+    free = 12 * 10**8 - 4 * weights - 2 * weights - 4 * (4 * 32 * V)  # gradients, casts, 4 heads
+    mixed = types.SimpleNamespace(model=gpu_model, mixed=True)
+    assert softcot.affordable_tokens(mixed) == int(0.6 * free / (token / 2))
 
 
 @pytest.mark.parametrize("name", ["hard_sample", "soft_sample"])
@@ -418,7 +684,7 @@ def test_prompts_read_once_and_chunks_give_the_gradient_of_a_plain_pass(kind, na
     for n in range(6):
         T, A = r.cot.mask[n].sum(), r.answer.mask[n].sum()
         P, F = r.prompt_mask[n].sum(), r.prefill_mask[n].sum()
-        ids = [r.prompt_ids[n, -P:], r.cot.ids[n, :T], r.prefill_ids[n, -F:], r.answer.ids[n, :A]]
+        ids = [r.prompt_ids[n, :P], r.cot.ids[n, :T], r.prefill_ids[n, :F], r.answer.ids[n, :A]]
         parts = [policy.model.get_input_embeddings()(i) for i in ids]
         if name == "soft_sample":
             parts[1] = r.cot.x[n, :T]
@@ -519,8 +785,8 @@ def test_soft_inputs_have_the_type_of_the_embeddings_under_autocast():
     policy.mixed = True
     r = sample(policy, SETTINGS["soft_sample"])
     assert r.cot.x.dtype == torch.float32
-    cot, _ = softcot.log_probs(policy, r)
-    assert (cot.detach() - r.cot.logp).abs().max() < 0.5  # of some hundred nats: bf16 arithmetic
+    _, _, moved = softcot.log_probs(policy, r)
+    assert 0 < moved.max() < 0.5  # of a sigma: bf16 arithmetic
 
 
 def test_bf16_weights_make_fp32_logits():
@@ -551,6 +817,28 @@ def test_head_mixture_and_few_rows_are_exact_under_autocast():
     torch.testing.assert_close(mixed.double(), oracle, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_loaded_in_every_arithmetic(dtype, kind, tmp_path):
+    policy = tiny_policy(kind)
+    policy.model.save_pretrained(tmp_path), policy.tokenizer.save_pretrained(tmp_path)
+    config, _ = softcot.filled(softcot.Config(device="cpu", dtype=dtype))
+    policy = softcot.load_policy(config, str(tmp_path))
+    for name in ("soft_sample", "hard_sample"):
+        r = sample(policy, SETTINGS[name])
+        softcot.policy_gradient(policy, r, torch.arange(6) - 2.5)
+    grads = [w.grad for w in policy.model.parameters() if w.grad is not None]
+    assert grads and all(grad.isfinite().all() for grad in grads)
+
+
+def test_an_engine_that_is_too_small_is_freed_before_the_next_one_is_made():
+    policy = tiny_policy("llama")
+    sample(policy, SETTINGS["soft_sample"])
+    engine = weakref.ref(policy.engine)
+    sample(policy, SETTINGS["soft_sample"], seeds=seeds_for(9))
+    assert engine() is None
+
+
 def test_a_policy_that_nobody_holds_is_freed():
     policy = tiny_policy("llama")
     sample(policy, SETTINGS["soft_sample"])
@@ -560,30 +848,21 @@ def test_a_policy_that_nobody_holds_is_freed():
     assert model() is None
 
 
-def test_keys_and_values_of_rows_that_left_are_held_once():
-    """Live keys and values during a rollout: never much more than those of one whole batch."""
-    policy, most, whole = tiny_policy("llama"), [0], [0]
-    real = softcot.Decoder.feed
-
-    def feed(self, *how, **inputs):
-        out = real(self, *how, **inputs)
-        live = {}
-        for x in gc.get_objects():
-            if type(x) is transformers.cache_utils.DynamicLayer and x.keys is not None:
-                storage = x.keys.untyped_storage()
-                live[storage.data_ptr()] = storage.nbytes()
-        most[0] = max(most[0], sum(live.values()))
-        columns = self.cache.layers[0].keys
-        whole[0] = max(whole[0], 16 / len(columns) * columns.nbytes)
-        return out
-
+def test_no_buffer_of_the_engine_moves_and_none_grows_while_rows_leave():
+    """A recorded CUDA graph knows buffers by their address: they must be there in the next rollout."""
+    policy = tiny_policy("llama")
     policy.ends = set(range(0, 98, 9))  # many rows end early
-    softcot.Decoder.feed = feed
-    try:
-        sample(policy, SETTINGS["soft_sample"], PROMPTS[2:], seeds_for(16), max_cot=40)
-    finally:
-        softcot.Decoder.feed = real
-    assert most[0] < 1.3 * 2 * whole[0]  # two layers
+
+    def addresses():
+        engine = policy.engine
+        buffers = [x for k, x in vars(engine).items() if isinstance(x, torch.Tensor) and k != "columns"]
+        buffers += [*engine.keys_and_values(), *itertools.chain(*map(dict.values, engine.buffers.values()))]
+        return {(x.data_ptr(), x.untyped_storage().nbytes()) for x in buffers}
+
+    sample(policy, SETTINGS["soft_sample"], PROMPTS[2:], seeds_for(16), max_cot=40)
+    before = addresses()
+    sample(policy, SETTINGS["soft_sample"], PROMPTS[:2], seeds_for(14), max_cot=40)
+    assert addresses() == before
 
 
 def test_finished_rows_leave_the_batch_and_come_back_for_the_answer():
@@ -619,7 +898,7 @@ def test_answers_are_hard_tokens_in_every_mode(name):
     r = softcot.rollout(policy, ["Q"], seeds_for(1), SETTINGS[name], 30, 8, 1.0)
     T = r.cot.mask.sum().item()
     # the prompt, T CoT inputs, the prefill, then the embeddings of single tokens
-    assert model.calls == ["ids"] + ["embeds"] * T + ["ids"] + ["embeds"] * r.answer.ids.shape[1]
+    assert len(model.fed) == 1 + T + 1 + r.answer.ids.shape[1]
     for fed in model.fed[T + 2 :]:
         assert (fed[0, 0] == model.embed.weight).all(1).any()
     assert r.answers[0] == "42}"[: len(r.answers[0])] or r.answers[0].endswith("}")
@@ -655,9 +934,9 @@ def test_pass_at_k_equals_brute_force_over_all_subsets():
 
 def gradient_of(policy, r, advantages, micro_batch):
     policy.model.zero_grad()
-    stats = softcot.policy_gradient(policy, r, advantages, micro_batch)
+    loss, *_ = softcot.policy_gradient(policy, r, advantages, micro_batch)
     grads = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
-    return stats["loss"], grads
+    return loss, grads
 
 
 @pytest.mark.parametrize("name", ["hard_sample", "soft_sample"])
@@ -667,7 +946,7 @@ def test_micro_batches_and_skipped_rows_leave_loss_and_gradient_unchanged(name):
     advantages = torch.tensor([3.0, -1.0, 0.0, 2.0, 0.0, -4.0])
     whole_loss, whole = gradient_of(policy, r, advantages, 10**6)
     policy.model.zero_grad()
-    cot, answer = softcot.log_probs(policy, r)  # all six rows, none skipped
+    cot, answer, _ = softcot.log_probs(policy, r)  # all six rows, none skipped
     loss = -(advantages * (cot.sum(1) + answer.sum(1))).sum() / 6
     loss.backward()
     assert whole_loss == pytest.approx(loss.item(), rel=1e-5)
@@ -790,23 +1069,24 @@ def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_re
         B, G = 500, 8
         N = B * G
         x = torch.full((N, 1, 1), start)
-        inputs = []
-        for _ in range(2):
+        inputs, noise = [], torch.randn(N, 2, 1)
+        for t in range(2):
             mean = softcot.mixture(model.head(x), tau, model.embed.weight).detach()
-            x = mean + sigma * torch.randn(N, 1, 1)
+            x = mean + sigma * noise[:, t : t + 1]
             inputs.append(x)
         inputs = torch.cat(inputs, 1)
         rewards = right(inputs[:, 0, 0], inputs[:, 1, 0]).float()
         none, no = torch.zeros(N, 1, dtype=torch.long), torch.zeros(N, 1, dtype=torch.bool)
         # The prompt is one token whose embedding is `start`: a constant, given through the CoT
-        # columns by one more column in front that the mask leaves out of the loss.
+        # columns by one more column in front, without noise, so that its score is 0.
         r = softcot.Rollout(
             setting=Setting("soft", tau, 1.0), sigma=sigma, prompt_ids=none, prompt_mask=~no,
             prefill_ids=none, prefill_mask=no,
             cot=softcot.Part(
                 torch.cat([torch.full((N, 1, 1), start), inputs], 1),
                 torch.zeros(N, 3, dtype=torch.long), torch.zeros(N, 3), torch.zeros(N, 3),
-                mask=torch.cat([no, ~no, ~no], 1),
+                eps=torch.cat([torch.zeros(N, 1, 1), noise], 1),
+                mask=torch.ones(N, 3, dtype=torch.bool),
             ),
             answer=softcot.Part(None, none, torch.zeros(N, 1), torch.zeros(N, 1), mask=no),
             stopped=[True] * N, cots=[""] * N, answers=[""] * N,
@@ -1210,7 +1490,7 @@ def test_a_model_that_cannot_be_fed_soft_tokens_is_refused_in_one_line(tmp_path,
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert tiny_run(tmp_path, tmp_path / "out") == 2
-    assert "not those of an ordinary decoder" in capsys.readouterr().err
+    assert "not an ordinary decoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cot", ["soft", "fuzzy", "hard"])
@@ -1474,7 +1754,7 @@ def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model
     assert right / 40 > before["k"]["1"]
 
 
-def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_paper(tmp_path, capsys):
+def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_paper(tmp_path):
     def run_folder(name, model, cot, seed, base, trained, nll):
         folder = tmp_path / name
         folder.mkdir()
@@ -1494,10 +1774,10 @@ def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_pape
     llama = "somewhere/Llama-3.2-3B-Instruct"
     runs = [run_folder(f"soft{s}", llama, "soft", s, 0.7, 0.8 + s / 100, 2.0) for s in (0, 1)]
     runs += [run_folder("hard0", llama, "hard", 0, 0.7, 0.6, 2.0)]
-    assert softcot.main(["--report", *runs, "--out-dir", str(tmp_path / "new")]) == 0
-    printed, written = capsys.readouterr().out, (tmp_path / "new" / "report.md").read_text()
-    assert printed.startswith(written)
-    cells = [[c.strip() for c in line.split("|")[3:-1]] for line in written.splitlines()]
+    command = [sys.executable, str(HERE / "results" / "show.py")]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    printed = subprocess.run([*command, *runs], capture_output=True, check=True, env=ascii_only).stdout
+    cells = [[c.strip() for c in line.split("|")[3:-1]] for line in printed.decode().splitlines()]
     sd = np.std([80, 81], ddof=1)
     base, hard, soft = "70.00 ± 0.00 (2) [paper 71.4]", "60.00 [paper 75.9]", f"80.50 ± {sd:.2f} (2)"
     greedy = ["gsm8k", "hard_greedy", "pass@1", base, hard, "- [paper 76.7]", soft + " [paper 77.2]"]
@@ -1508,8 +1788,8 @@ def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_pape
     ]  # fmt: skip
     assert ["arc", "teacher_forced", "NLL", "2.00 ± 0.00 (2)", "-", "-", "-"] in cells
     assert not any("pass@2" in row for row in cells)
-    assert softcot.main(["--report", str(tmp_path / "none")]) == 2
-    assert "--report" in capsys.readouterr().err
+    failed = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "config.json" in failed.stderr
 
 
 def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(
@@ -1522,8 +1802,7 @@ def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(
         return policies[0]
 
     monkeypatch.setattr(softcot, "load_policy", load_policy)
-    arguments = f"--bench --model {tiny_folder} --prompts 2 --samples 2 --out-dir {tmp_path}".split()
-    assert softcot.main(arguments) == 0
+    bench.main(f"--model {tiny_folder} --prompts 2 --samples 2 --out-dir {tmp_path}".split())
     for name, weight in load_file(tiny_folder / "model.safetensors").items():
         assert (policies[0].model.state_dict()[name] - weight).abs().max() < 1e-9
     lines = capsys.readouterr().out.splitlines()[-5:]
@@ -1534,24 +1813,11 @@ def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_bench_at_once(number, tiny_folder, tmp_path):
-    arguments = "--bench --prompts 64 --samples 256 --threads 1 --out-dir".split()
-    command = [sys.executable, "softcot.py", "--model", str(tiny_folder), *arguments, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) as run:
-        while "tokens_per_s" not in run.stdout.readline():  # then it is in the middle
-            assert run.poll() is None
-        run.send_signal(number)
-        rest = run.stdout.read()
-    assert run.returncode == -number and "generate()" not in rest
-
-
-def test_the_bench_and_a_model_that_is_not_there_leave_the_files_of_a_run_alone(tiny_folder, tmp_path):
+def test_a_model_that_is_not_there_leaves_the_files_of_a_run_alone(tmp_path):
     files = {"metrics.jsonl": "a", "state.pt": "b", "config.json": "{}", "eval.json": "[]"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     arguments = f"--prompts 2 --samples 2 --out-dir {tmp_path} --model ".split()
-    assert softcot.main(["--bench", *arguments, str(tiny_folder)]) == 0
     assert softcot.main([*arguments, str(tmp_path / "nothing")]) == 2
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
@@ -2113,7 +2379,7 @@ def test_invariants_of_random_batches(kind, name, stop, prompts, G, max_cot, max
     policy = POLICIES.setdefault(kind, tiny_policy(kind))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(softcot, "STOP", stop)
-        seeds = [seed + n for n in range(G * len(prompts))]
+        seeds = seed + torch.arange(G * len(prompts))
         r = sample(policy, SETTINGS[name], prompts, seeds, max_cot, max_answer)
     N = len(seeds)
     for part, longest in ((r.cot, max_cot), (r.answer, max_answer)):
@@ -2122,20 +2388,21 @@ def test_invariants_of_random_batches(kind, name, stop, prompts, G, max_cot, max
         assert (part.mask == (torch.arange(part.mask.shape[1]) < lengths[:, None])).all()
     # the log-probabilities of the rollout are recomputed, and nothing else has one
     if SETTINGS[name].deterministic:  # there is no density, so take one: of sigma 1, of tau 1
-        r.sigma = 1.0
+        r.sigma, r.cot.eps = 1.0, None if r.cot.x is None else torch.zeros_like(r.cot.x)
         r.setting = dataclasses.replace(r.setting, tau=r.setting.tau or 1.0)
-    cot, answer = softcot.log_probs(policy, r)
+    cot, answer, moved = softcot.log_probs(policy, r)
     assert (cot[~r.cot.mask] == 0).all() and (answer[~r.answer.mask] == 0).all()
     assert cot.shape == r.cot.mask.shape and answer.shape == r.answer.mask.shape
     torch.testing.assert_close(answer, r.answer.logp, rtol=1e-3, atol=1e-3)
     if name != "hard_greedy":
         scale = 1 + r.cot.logp.abs().max().item()
         torch.testing.assert_close(cot / scale, r.cot.logp / scale, rtol=1e-3, atol=1e-3)
-    # what stands in pads and gaps is never read
+    # what stands in gaps is never read
     other = dataclasses.replace(r, prompt_ids=r.prompt_ids.masked_fill(~r.prompt_mask, 5))
     other.prefill_ids = r.prefill_ids.masked_fill(~r.prefill_mask, 5)
     other.cot = dataclasses.replace(r.cot, ids=r.cot.ids.masked_fill(~r.cot.mask, 5))
-    assert all(torch.equal(a, b) for a, b in zip((cot, answer), softcot.log_probs(policy, other)))
+    again = softcot.log_probs(policy, other)
+    assert all(torch.equal(a, b) for a, b in zip((cot, answer, moved), again))
     # rows without an advantage have no gradient, in micro-batches of any size
     advantages = torch.randn(N, generator=torch.Generator().manual_seed(seed))
     advantages[seed % N] = 0
@@ -2191,3 +2458,33 @@ def one_random_argument_line(tiny_folder, fuzz_folder, words):
     OUTCOMES.append(status)
     said = [text for text in errors.getvalue().splitlines() if "error:" in text]
     assert status in (0, 2) and len(said) == (status == 2), errors.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------
+# Scripts
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_script_for_a_gpu_runs_on_a_cpu_with_tiny_shapes(capsys):
+    gpu.main(["--tiny"])
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    found = {what.strip(): figure.strip() for what, figure, _ in rows}
+    assert len(found) >= 15 and not any("failed" in figure for figure in found.values()), found
+    (bad,) = [figure for what, figure in found.items() if "not finite" in what]
+    (same,) = [figure for what, figure in found.items() if "plain loop" in what]
+    assert bad == "0 []" and len(set(same.split(" of "))) == 1
+
+
+def test_the_script_on_rounding_finds_what_rounding_does(tiny_folder, capsys, monkeypatch):
+    policy = wide_policy()
+    monkeypatch.setattr(softcot, "load_policy", lambda *_: policy)
+    monkeypatch.setattr(softcot, "load_problems", lambda *_: [Problem(i, p, "1", None) for i, p in enumerate(PROMPTS)])
+    rounding.table("any", ".", 12, 2)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()][2:]
+    cosines = {(mode.strip(), pair.strip()): [float(x) for x in both.split(",")]
+               for mode, pair, *_, both in rows}  # fmt: skip
+    assert cosines["soft", "fp32, fp32"] == pytest.approx([1, 1], abs=1e-3)
+    assert cosines["soft", "bf16, fp32"][0] < 0.8 and abs(cosines["soft", "bf16, fp32"][1] - 1) < 1e-3
+    assert cosines["hard", "bf16, bf16"] == pytest.approx([1, 1], abs=0.02)
+    x = torch.tensor([1.0, 1.00390625, 3.14159274, -5e-30, 0.0])
+    assert torch.equal(rounding.rounded(x, 8), x.bfloat16().float())

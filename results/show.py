@@ -1,7 +1,11 @@
-"""The figures that a run leaves, and the table of --report, which puts runs beside paper.csv."""
+"""The figures that a run leaves, and a table that puts runs beside the paper's (paper.csv).
+
+    python results/show.py RUN [RUN ...]    # folders that runs left; prints Markdown
+"""
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +91,18 @@ def report(folders: list[str]) -> str:
             texts[-1] += f" [paper {paper[same[0]][column]}]" if same else ""
         lines.append(f"| {' | '.join((Path(run[0]).name, *run[1:], *texts))} |")
     return "\n".join(lines) + "\n"
+
+
+def main(folders: list[str]) -> int:
+    """Print the table; one line and status 2 if a folder holds no run."""
+    try:
+        table = report(folders)
+    except OSError as error:
+        print(f"show.py: error: {error}: give folders with config.json, eval.json", file=sys.stderr)
+        return 2
+    sys.stdout.buffer.write(table.encode())  # whatever the terminal's encoding: it has a ± in it
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]) if sys.argv[1:] else __doc__)
