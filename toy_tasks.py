@@ -2,10 +2,11 @@
 
     3+1+5+2+4+2=4 9 11 15 17 The final answer is: \\boxed{17}
 
-Its chain of thought (CoT) is the running totals. It was pretrained on CoTs that often stop early and
-box the last total they have, most often after a multiple of five, as if a round number had to be
-the end. To stop there is a close call for the model (54 to 46), elsewhere it rather goes on (30 to
-70): so noise can tip the balance, and reinforcement learning can find out that thinking longer pays.
+Its chain of thought (CoT) is the running totals. It was pretrained on CoTs that often stop early
+and box the last total they have, most often after a multiple of five, as if a round number had to
+be the end. To stop there is a close call for the model (54 to 46), elsewhere it rather goes on (30
+to 70): so noise can tip the balance, and reinforcement learning can find out that thinking longer
+pays.
 
 It was pretrained on three more kinds of text, which reinforcement learning never sees:
 
@@ -18,10 +19,11 @@ It was pretrained on three more kinds of text, which reinforcement learning neve
                 chance: is a skill kept that has nothing to do with sums? (Nobody can do better
                 than ln 2 = 0.693 nats a number.)
 
-The model is a one-layer Llama with a real `transformers` tokenizer, so that it runs through the same
-code as a model of 8B. Two things make it behave like a large pretrained one under soft tokens: some
-noise on its input embeddings in pretraining, and embeddings that are small beside its other weights
-(a step of Adam has one size for all weights, so small ones learn most from the noise put on them).
+The model is a one-layer Llama with a real `transformers` tokenizer, so that it runs through the
+same code as a model of 8B.
+Two things make it behave like a large pretrained one under soft tokens: some noise on its input
+embeddings in pretraining, and embeddings that are small beside its other weights (a step of Adam
+has one size for all weights, so small ones learn most from the noise put on them).
 """
 
 import fcntl
@@ -82,7 +84,7 @@ def walks(count: int, generator: torch.Generator) -> Tensor:
 
 
 def answer(name: str, terms: list[int]) -> int:
-    """The total that a question asks for: toy-round the first multiple of 5, if any, else the last."""
+    """The total asked for: in toy-round the first multiple of 5, if there is one, else the last."""
     totals = list(itertools.accumulate(terms))[1:]
     multiples = [total for total in totals if name == "toy-round" and total % 5 == 0]
     return (multiples or totals[-1:])[0]
@@ -92,10 +94,11 @@ def rows(name: str, split: str) -> list[dict]:
     """The rows of a kind as a data set: "train" ("toy" alone) or "test"."""
     if name in LARGEST:
         chosen = all_sums(name)[:TEST] if split == "test" else all_sums(name)[TEST : TEST + TRAIN]
-        return [
-            {"question": "+".join(map(str, terms)) + EQUALS[name], "answer": str(answer(name, terms))}
-            for terms in chosen.tolist()
-        ]
+        found = []
+        for terms in chosen.tolist():
+            question = "+".join(map(str, terms)) + EQUALS[name]
+            found.append({"question": question, "answer": str(answer(name, terms))})
+        return found
     generator = torch.Generator().manual_seed(1)
     right, found = walks(TEST, generator), []
     for row, place in zip(right.tolist(), torch.randint(ASKED, (TEST,), generator=generator)):
