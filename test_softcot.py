@@ -37,7 +37,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import softcot
 import toy_tasks
-from results import bench, gpu, rounding
+from results import bench, gpu, real_model, rounding, snr, window
 from softcot import SETTINGS, Policy, Problem, Setting
 
 HERE = Path(__file__).parent
@@ -1811,6 +1811,113 @@ def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(
         numbers = [float(x) for x in line.split()[1:]]
         assert len(numbers) == columns and min(numbers) >= 0 and numbers[0] > 0
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("signal, noise, N", [(1.0, 3.0, 64), (0.3, 1.0, 512)])
+def test_n0_of_gradients_with_known_signal_and_noise(signal, noise, N):
+    """The mean of batches has noise / sqrt(N): n0 = noise^2 / signal^2, whatever N."""
+    generator = torch.Generator().manual_seed(0)
+    inside, M = 0, 200
+    mean = signal * torch.ones(M, dtype=torch.float64)
+    for _ in range(100):
+        eps = torch.randn(40, M, generator=generator, dtype=torch.float64)
+        found = snr.n0(mean + noise * N**-0.5 * eps, N)
+        inside += found["low"] < (noise / signal) ** 2 < found["high"]
+        assert 0.5 < found["n0"] / (noise / signal) ** 2 < 2
+    assert 55 <= inside <= 82  # one standard error: 68 of 100
+
+
+def test_n0_of_pure_noise_is_without_an_upper_end():
+    generator = torch.Generator().manual_seed(0)
+    found = [snr.n0(torch.randn(30, 500, generator=generator), 64) for _ in range(50)]
+    assert sum(math.isinf(x["high"]) for x in found) > 35
+    assert min(x["low"] for x in found) > 500  # N / n0 is 0 +- 0.002
+
+
+def test_gradients_of_cot_and_answers_add_up_to_that_of_a_step():
+    policy = tiny_policy("llama")
+    r = sample(policy, SETTINGS["soft_sample"])
+    advantages = torch.linspace(-1, 1, len(r.cots))
+    every = snr.Picker(policy, 10**9)
+    softcot.policy_gradient(policy, r, advantages)
+    both = every.take()
+    found = snr.gradients(policy, r, advantages, every)
+    close = dict(rtol=0, atol=1e-5 * both.abs().max().item())
+    torch.testing.assert_close(found["cot"] + found["answer"], both, **close)
+    some = snr.Picker(policy, 500)
+    softcot.policy_gradient(policy, r, advantages)
+    assert set(some.take().tolist()) <= set(both.tolist()) and sum(map(len, some.places)) < 600
+
+
+def test_the_instrument_finds_more_signal_in_hard_tokens_than_in_soft_ones(tmp_path, capsys):
+    """On the toy, whose n0 is 230 with hard tokens and 20,000 with soft ones."""
+    flags = "--prompts 16 --minutes 0.01 --coordinates 20000 --device cpu".split()
+    snr.main([*flags, "--out", str(tmp_path / "record"), "--seed", "1"])
+    record = json.loads((tmp_path / "record").read_text())
+    n0 = {(row["mode"], row["of"]): row for row in record["n0"]}
+    assert n0["hard", "cot"]["K"] == 3 and 50 < n0["hard", "cot"]["n0"] < 1500
+    assert (n0["soft 0.33", "cot"]["n0"] or math.inf) > 1500  # null: no signal was found
+    assert f"--sigma-scale {record['recommended']:g}" in capsys.readouterr().out
+    mixed = {row["mode"]: row["mixed"] for row in record["base"]}
+    assert mixed["soft 0"] < mixed[f"soft {record['recommended']:g}"]
+
+
+def test_runs_of_a_real_model_stop_with_the_clock_and_go_on(tmp_path, monkeypatch, capsys):
+    """Rehearsal with the toy: what was cut off and gone on with is what one long run finds."""
+    monkeypatch.setattr(real_model, "CHECKS", (0, 2))
+    flags = "--prompts 4 --samples 8 --steps 3 --questions 64 --problems 8 --eval-samples 2"
+    flags = [*flags.split(), *"--choices 4 --noise 0.33 --device cpu --runs soft hard answers".split()]
+    real_model.main([str(tmp_path / "once"), *flags])
+    asked = itertools.count()
+
+    def need(clock, seconds):
+        if next(asked) % 3 == 2:
+            raise real_model.OutOfTime
+
+    monkeypatch.setattr(real_model.Clock, "need", need)
+    for _ in range(20):
+        real_model.main([str(tmp_path / "pieces"), *flags])
+    once, pieces = (tmp_path / name for name in ("once", "pieces"))
+    assert (once / "records.jsonl").read_text() == (pieces / "records.jsonl").read_text()
+    steps = [(row["run"], row["step"]) for row in read_lines(once / "records.jsonl")]
+    assert steps == [(run, step) for run in ("soft", "hard", "answers") for step in (0, 2, 3)]
+    for file in once.glob("*-s0-lr5e-05.jsonl"):
+        ours, theirs = (read_lines(folder / file.name) for folder in (once, pieces))
+        assert [row["loss"] for row in ours] == [row["loss"] for row in theirs] and len(ours) == 3
+    rows = {(row["run"], row["step"]): row for row in read_lines(once / "records.jsonl")}
+    assert rows["soft", 0]["kl"] < 1e-9 < rows["soft", 3]["kl"]
+    assert not list(pieces.glob("*.pt"))
+    capsys.readouterr()
+    real_model.main([str(once), "--report"])
+    assert "| answers | 0 | 5e-05 | 3 |" in capsys.readouterr().out
+    assert (once / "report.png").stat().st_size > 10000
+
+
+def test_the_score_that_is_left_out_of_a_control_gives_no_gradient():
+    policy = tiny_policy("llama")
+    r = sample(policy, SETTINGS["soft_sample"])
+    advantages, every = torch.linspace(-1, 1, len(r.cots)), snr.Picker(policy, 10**9)
+    apart = snr.gradients(policy, r, advantages, every)
+    for which, part in (("cot", "cot"), ("answers", "answer")):
+        with real_model.score_of(which):
+            softcot.policy_gradient(policy, r, advantages)
+        close = dict(rtol=0, atol=1e-5 * apart[part].abs().max().item())
+        torch.testing.assert_close(every.take(), apart[part], **close)
+
+
+def test_the_rule_of_the_window_is_counted_on_runs_that_did_not_make_it(tmp_path, monkeypatch, capsys):
+    """Two runs made the rule, two did not; it is wrong in one of the latter."""
+    row = dict(width=64, base_without=0.4, mixed=0.5, first=0.1, last=0.9, greedy_base=0.4, grad_norm=1)
+    rows = [row | dict(seed=0, factor=0.1, base_with=0.2, greedy=0.9),
+            row | dict(seed=0, factor=1.33, base_with=0.001, greedy=0.4),
+            row | dict(seed=1, factor=0.1, base_with=0.39, greedy=0.9),
+            row | dict(seed=0, factor=0.5, base_with=0.2, greedy=0.8)]  # fmt: skip
+    (tmp_path / "window.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.setattr(window, "RECORDS", tmp_path / "window.jsonl")
+    window.main(["--draw"])
+    printed = capsys.readouterr().out
+    assert "2 of 2 runs like" in printed and "1 of 2 runs others" in printed and "(64, 0.1, 1)" in printed
+    assert (tmp_path / "window.png").stat().st_size > 10000
 
 
 def test_a_model_that_is_not_there_leaves_the_files_of_a_run_alone(tmp_path):

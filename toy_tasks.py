@@ -47,6 +47,7 @@ TEST, TRAIN = 256, 2048  # problems
 GIVEN, ASKED = 4, 4  # numbers of a walk in the question and in the answer
 JUMP = 5  # somewhere in a wrong answer
 STEPS, PEAK_LR = 800, 6e-3  # pretraining
+WIDTH = 64  # of the model: D, the length of an embedding
 BATCH = {"toy": 144, "toy-large": 72, "toy-round": 48, "toy-walk": 24}  # of each kind of text
 NOISE = 0.1  # largest noise on the embeddings in pretraining, in units of their RMS
 EMBEDDING_RMS = 0.005
@@ -194,18 +195,20 @@ def pretraining_batch(vocab: dict[str, int], generator: torch.Generator) -> tupl
     return ids, torch.cat(labels)
 
 
-def pretrain(seed: int = 0, unused: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def pretrain(
+    seed: int = 0, unused: int = 0, width: int = WIDTH
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train the base model from scratch on CoTs with the habit: next-token loss, noisy embeddings.
 
-    unused: words of its vocabulary that no text uses."""
+    unused: words of its vocabulary that no text uses. width: D; a wider one takes smaller steps."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     tokenizer = make_tokenizer(unused)
     vocab = tokenizer.get_vocab()
     config = LlamaConfig(
         vocab_size=len(vocab),
-        hidden_size=64,
-        intermediate_size=192,
+        hidden_size=width,
+        intermediate_size=3 * width,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -218,7 +221,8 @@ def pretrain(seed: int = 0, unused: int = 0) -> tuple[LlamaForCausalLM, PreTrain
     # Adam's steps are of one size whatever the weights': learn large embeddings, use them scaled.
     large = nn.Parameter(torch.randn(len(vocab), config.hidden_size))
     weights = [w for name, w in model.named_parameters() if "embed_tokens" not in name] + [large]
-    optimizer = torch.optim.AdamW(weights, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    peak = PEAK_LR * min(1, (WIDTH / width) ** 0.5)
+    optimizer = torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / STEPS))
     )

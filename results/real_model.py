@@ -1,0 +1,256 @@
+"""Does a model learn with soft tokens? Runs that fit the minutes one has, go on later, and add up.
+
+    python results/real_model.py OUT --minutes 12 --model MODEL --task gsm8k --data-dir DIR \\
+        --noise 1.0 --prompts 4 --samples 32 --max-cot 192 --steps 200 --lr 3e-6
+    python results/real_model.py OUT --report      # tables and OUT/report.png, of all that is there
+
+Other flags are those of softcot.py. Training questions are those that the base solves in 10 to 90 %
+of hard samples (OUT/questions.json). Then, in this order, from one base with one seed: soft tokens
+with the noise --noise, hard ones, --noise with the answers' score alone, 0.33, fuzzy, --noise with
+the CoT's score alone. Each is evaluated at steps 0, 25, 50, 100, ... on the first test problems:
+hard greedy and hard sampling, a multiple choice, and the distance from the base (KL of next tokens
+on worked solutions). What is there already, in OUT, is not done again; a run that was cut off goes
+on from its state.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import softcot
+import toy_tasks
+from softcot import SETTINGS, Config, Policy
+
+RUNS = {  # mode, noise factor (None: --noise), which score is trained
+    "soft": ("soft", None, "both"),
+    "hard": ("hard", None, "both"),
+    "answers": ("soft", None, "answers"),
+    "soft-0.33": ("soft", 0.33, "both"),
+    "fuzzy": ("fuzzy", 0.33, "both"),
+    "cot": ("soft", None, "cot"),
+}
+CHECKS = (0, 25, 50, 100, 150, 200, 300, 400, 600, 800, 1000)  # steps that are evaluated
+TRIES = 8  # samples of a question, to choose it
+ROWS = 512  # of a batch, where nothing is trained
+TEXTS = 32  # worked solutions on which the distance from the base is measured
+STYLE = dict(zip(["base", *RUNS], ("#7f7f7f", "#d55e00", "#0072b2", "#cc79a7", "#e69f00", "#009e73", "#56b4e9")))
+
+
+class OutOfTime(Exception):
+    """The minutes are over; what had been done is saved."""
+
+
+class Clock:
+    """How much time is left."""
+
+    def __init__(self, minutes: float):
+        self.end = time.perf_counter() + 60 * minutes
+
+    def need(self, seconds: float) -> None:
+        """OutOfTime unless there are so many."""
+        if time.perf_counter() + seconds > self.end:
+            raise OutOfTime
+
+
+@contextmanager
+def score_of(which: str):
+    """Train with the log-probabilities of "both", or of "cot" or "answers" alone."""
+    real = softcot.log_probs
+
+    def some(policy, r):
+        cot, answer, moved = real(policy, r)
+        return (cot.detach() if which == "answers" else cot,
+                answer.detach() if which == "cot" else answer, moved)  # fmt: skip
+
+    softcot.log_probs = some
+    try:
+        yield
+    finally:
+        softcot.log_probs = real
+
+
+def questions(policy: Policy, config: Config, out: Path, count: int) -> list[softcot.Problem]:
+    """Of the first training questions those that the base solves now and then; kept in OUT."""
+    problems = softcot.fitting(policy, softcot.load_problems(config, config.task, "train"), config)
+    file = out / "questions.json"
+    if not file.exists():
+        chosen, size = [], max(1, ROWS // TRIES)
+        how = (SETTINGS["hard_sample"], config.max_cot, config.max_answer, 1.0)
+        for i in range(0, min(count, len(problems)), size):
+            some = problems[i : i + size][: count - i]
+            _, rewards = softcot.rewarded(policy, some, TRIES, (config.seed, 7), *how)
+            share = (rewards == 100).mean(axis=1)
+            chosen += [p.id for p, s in zip(some, share) if 0.1 <= s <= 0.9]
+        softcot.write_json(file, {"of": min(count, len(problems)), "ids": chosen})
+    known = json.loads(file.read_bytes())
+    ids = set(known["ids"])
+    print(f"{len(ids)} of {known['of']} training questions are solved in 10 to 90 % of samples")
+    return [problem for problem in problems if problem.id in ids]
+
+
+def solutions(config: Config) -> list[str]:
+    """Worked solutions of test problems, as the model would write them."""
+    rows = softcot.read_rows(config, config.task, "test")[:TEXTS]
+    if config.task == "toy":
+        sums = [[int(n) for n in row["question"][:-1].split("+")] for row in rows]
+        totals = [" ".join(map(str, np.cumsum(terms)[1:])) for terms in sums]
+        return [f"{r['question']}{t} {softcot.STOP}{softcot.BOX}{r['answer']}}}" for r, t in zip(rows, totals)]
+    prompt = softcot.task_named(config.task).prompt
+    return [prompt.replace("QUESTION", row.get("question", row.get("problem"))) + " "
+            + row.get("solution", row["answer"]) for row in rows]  # fmt: skip
+
+
+@torch.no_grad()
+def distance(base: Policy, policy: Policy, texts: list[str]) -> float:
+    """Mean KL(base || policy) of the next token over the tokens of texts, in nats."""
+    total, count = 0.0, 0
+    for text in texts:
+        ids, _ = base.tokenize([text])
+        with policy.arithmetic():
+            p, q = (torch.log_softmax(m.model(ids).logits.float(), -1) for m in (base, policy))
+        total += (p.exp() * (p - q)).sum().item()
+        count += ids.shape[1]
+    return total / count
+
+
+def evaluation(policy: Policy, base: Policy, config: Config, given) -> dict:
+    """Everything that is said of a checkpoint."""
+    wide = dataclasses.replace(config, prompts=max(1, ROWS // config.samples), eval_limit=given.choices)
+    problems = softcot.load_problems(config, config.task, "test")[: given.problems]
+    problems = softcot.fitting(policy, problems, config)
+    scores = {}
+    for name in ("hard_greedy", "hard_sample"):
+        found = softcot.evaluate(policy, problems, SETTINGS[name], wide, given.eval_samples)
+        scores[name] = {k: v for k, v in found.items() if k != "correct"}
+        scores[name]["correct"] = found["correct"]
+    choice = "toy-walk" if config.task == "toy" else "hellaswag"
+    if given.choices:
+        scores[choice] = softcot.evaluate_choices(policy, choice, wide)
+    scores["kl"] = distance(base, policy, solutions(config))
+    return scores
+
+
+def train_run(name: str, given, flags: list[str], out: Path, clock: Clock, base: Policy) -> None:
+    """One run, from where it stands to its last step or until the time is over."""
+    mode, noise, which = RUNS[name]
+    noise = [] if mode == "hard" else ["--sigma-scale", str(noise or given.noise)]
+    config, _ = softcot.filled(softcot.parse([*flags, "--cot", mode, *noise]))
+    key = {"run": name, "seed": config.seed, "lr": config.lr}
+    label = f"{name}-s{config.seed}-lr{config.lr:g}"
+    records, metrics, state = out / "records.jsonl", out / f"{label}.jsonl", out / f"{label}.pt"
+    seen = [row for row in softcot.read_log(records) if key.items() <= row.items()]
+    if any(row["step"] == config.steps for row in seen):
+        return
+    policy = softcot.load_policy(config, given.folder)
+    problems = questions(policy, config, out, given.questions)
+    optimizer, schedule = softcot.make_optimizer(policy, config)
+    done = 0
+    if state.exists():
+        done, _ = softcot.load_state(state, policy, optimizer, schedule)
+    softcot.read_log(metrics, lambda row: row["step"] <= done)
+    slowest = {"step": 0.0, "evaluation": 0.0}
+    try:
+        with score_of(which):
+            for step in range(done, config.steps + 1):
+                done, start = step, time.perf_counter()
+                if step in CHECKS or step == config.steps:
+                    clock.need(slowest["evaluation"])
+                    if not any(row["step"] == step for row in seen):
+                        first = [r for r in softcot.read_log(records) if r["step"] == 0] if step == 0 else []
+                        scores = first[0] if first else evaluation(policy, base, config, given)
+                        shared = {"model": config.model, "cot": mode, "noise": config.sigma_scale, "score": which}
+                        softcot.append_jsonl(records, {**scores, **key, **shared, "step": step})
+                        say(label, step, scores)
+                    slowest["evaluation"] = max(slowest["evaluation"], time.perf_counter() - start)
+                    start = time.perf_counter()
+                if step < config.steps:
+                    clock.need(2 * slowest["step"])
+                    batch = softcot.prompts_of_step(problems, step, config.prompts, config.seed)
+                    row, _, _ = softcot.train_step(policy, batch, step, config, optimizer, schedule)
+                    softcot.append_jsonl(metrics, row)
+                    slowest["step"] = max(slowest["step"], time.perf_counter() - start)
+    except OutOfTime:
+        softcot.save_state(state, policy, optimizer, schedule, done, 0.0)
+        print(f"{label}: out of time at step {done}", flush=True)
+        raise
+    state.unlink(missing_ok=True)
+
+
+def say(label: str, step: int, scores: dict) -> None:
+    """A line of what was found."""
+    greedy, sample = scores["hard_greedy"]["k"], scores["hard_sample"]["k"]
+    print(f"{label}, step {step}: hard greedy {greedy['1']:.3f}, hard sample"
+          f" {' '.join(f'@{k} {v:.3f}' for k, v in sample.items())}, KL {scores['kl']:.4f}", flush=True)  # fmt: skip
+
+
+def report(out: Path) -> None:
+    """A table of all checkpoints, and pass@k against the distance from the base as a picture."""
+    rows = softcot.read_log(out / "records.jsonl")
+    print("| run | seed | lr | step | hard greedy | hard sample @1 | @most | entropy, nats | KL from the base"
+          " | choice NLL |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for run in dict.fromkeys((row["run"], row["seed"], row["lr"]) for row in rows):
+        some = [row for row in rows if (row["run"], row["seed"], row["lr"]) == run]
+        points = []
+        for row in sorted(some, key=lambda row: row["step"]):
+            greedy, sample = row["hard_greedy"], row["hard_sample"]
+            most = str(sample["n"])
+            points.append((row["step"], row["kl"], greedy["k"]["1"], sample["k"]["1"], sample["k"][most]))
+            texts = [f"{s['k'][k]:.3f} ± {s['k_error'][k]:.3f}" for s, k in
+                     ((greedy, "1"), (sample, "1"), (sample, most))]  # fmt: skip
+            nll = [f"{row[k]['nll']:.3f}" for k in ("hellaswag", "toy-walk") if k in row]
+            print(f"| {run[0]} | {run[1]} | {run[2]:g} | {row['step']} | {' | '.join(texts)} |"
+                  f" {sample['cot_entropy']:.3f} | {row['kl']:.4f} | {' '.join(nll)} |")  # fmt: skip
+        steps, kl, greedy, one, most = zip(*points)
+        for axes, x, y in zip(panels, (steps, one, kl), (greedy, most, most)):
+            axes.plot(x, y, "o-", markersize=4, color=STYLE[run[0]], alpha=0.8)
+        panels[0].plot([], [], color=STYLE[run[0]], label=" ".join(map(str, run)))
+    panels[0].set(xlabel="step", ylabel="hard greedy pass@1")
+    panels[1].set(xlabel="hard sample pass@1", ylabel="hard sample pass@most")
+    panels[2].set(xlabel="KL from the base (nats a token)", ylabel="hard sample pass@most")
+    panels[0].legend(fontsize=7)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    figure.savefig(out / "report.png", dpi=110)
+
+
+def main(arguments=None) -> None:
+    """The runs, or the report of what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--noise", type=float, default=1.0, help="the factor that results/snr.py recommends")
+    parser.add_argument("--questions", type=int, default=1024, help="of the training split that are tried")
+    parser.add_argument("--problems", type=int, default=128, help="of the test split")
+    parser.add_argument("--eval-samples", type=int, default=32)
+    parser.add_argument("--choices", type=int, default=64, help="questions of the multiple choice; 0: none")
+    parser.add_argument("--report", action="store_true")
+    given, flags = parser.parse_known_args(arguments)
+    if given.report:
+        return report(given.out)
+    clock = Clock(given.minutes)
+    given.out.mkdir(parents=True, exist_ok=True)
+    config, _ = softcot.filled(softcot.parse(flags))
+    given.folder = config.model or str(toy_tasks.base_model(Path("runs/toy-base")))
+    torch.set_num_threads(config.threads)
+    base = softcot.load_policy(config, given.folder)
+    try:
+        for name in given.runs:
+            train_run(name, given, flags, given.out, clock, base)
+    except OutOfTime:
+        print("The same command goes on.")
+
+
+if __name__ == "__main__":
+    main()
