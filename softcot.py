@@ -24,8 +24,8 @@ logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
 Where the paper is silent or ambiguous, and where this differs from it: see the README.
 """
 
-import dataclasses, datetime, gc, hashlib, inspect, itertools, json, math, os, re, select
-import shlex, shutil, signal, subprocess, sys, tempfile, time, types
+import argparse, concurrent.futures, dataclasses, datetime, gc, hashlib, itertools, json, math, os
+import re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time, typing
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -53,7 +53,9 @@ BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 st
 CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory
 LOGS = ("metrics.jsonl", "samples.jsonl")  # lines of steps, in --out-dir
-CHECKPOINTS = 20  # validations and saved states in a run, at least, if it has as many steps
+CHECKPOINTS = 20  # validations in a run, at least, if it has as many steps
+PROCESS = "/proc/self"  # where Linux tells the memory of this process
+WINDOW = 0.01, 0.85  # of the base's success with noise: at least; at most, in units of that without
 MAY_CHANGE = "eval_tasks eval_settings eval_k micro_batch gradient_checkpointing threads device"
 
 
@@ -65,12 +67,33 @@ class Stopped(Exception):
     """SIGINT or SIGTERM came, and what had been done by then is saved."""
 
 
-SIGNALS, SECOND = [], signal.SIG_DFL  # SIGINT and SIGTERM that came; a second one kills
+SIGNALS = []  # SIGINT and SIGTERM that came while noted_signals() was at work
+
+
+@contextmanager
+def noted_signals():
+    """Within, SIGINT and SIGTERM are only noted, for stopping(); a second one stops at once.
+
+    Does nothing outside of the main thread, where signals do not come."""
+    def note(number, _):
+        SIGNALS.append(number)
+        # torchrun hands each signal on more than once: there the second one is not the user's
+        signal.signal(number, signal.SIG_IGN if several() else signal.default_int_handler)
+
+    SIGNALS.clear()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stopping() -> bool:
-    """Whether a signal came; asked after each step of training and batch of evaluation."""
-    return bool(SIGNALS)
+    """Whether a signal came to any process; asked after each step and batch of evaluation."""
+    return any(gather(bool(SIGNALS)))
 
 
 # ---- 1. Settings: three ways to think, six ways to run a model ----------------------------------
@@ -121,12 +144,12 @@ def require(ok: bool, message: str) -> None:
 
 @contextmanager
 def explained(errors, message: str):
-    """Turn one of these errors into UserError(message (its first line))."""
+    """Turn one of these errors, which a user can cause, into UserError(message (its first line))."""
     try:
         yield
     except errors as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{message} ({reason})") from None
+        raise UserError(f"{message} ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -149,7 +172,7 @@ class Config:
     noise_at: Literal["embedding", "hidden", "logits", "topk-logits"] = option(
         "embedding", "what the noise is added to; all but embedding are ablations")
     seed: int = option(0, "seed of data order, noise and sampling")
-    out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-COT-sSEED)")
+    out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-MODEL-COT-sSEED)")
     data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
     resume: bool = option(False, "continue the run in --out-dir from its last saved state")
     eval_only: bool = option(False, "evaluate --model, train nothing")
@@ -162,8 +185,8 @@ class Config:
     gradient_checkpointing: bool = option(False, "run layers again in the backward pass: memory")
     dtype: Optional[Literal["fp32", "bf16-mixed", "bf16"]] = option(
         None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic")
-    device: Optional[str] = option(None, "cpu or cuda (default: cuda where there is one)")
-    threads: Optional[int] = option(None, "CPU threads (default: PyTorch's)")
+    device: Optional[str] = option(None, "cuda, mps or cpu (default: the first that is there)")
+    threads: Optional[int] = option(None, "CPU threads (default: 1 for the toy, else PyTorch's)")
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -203,7 +226,8 @@ def flag(name: str) -> str:
 def filled(config: Config) -> tuple[Config, str]:
     """Config with the defaults of task, mode and machine for None, and a line that tells them."""
     task = task_named(config.task)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = config.device or next(name for name, there in here.items() if there)
     with explained((RuntimeError, AssertionError), f"--device {device} can't be used here"):
         torch.empty(0, device=device)
     slow = f"--dtype {config.dtype}: this GPU has no bf16; leave it out, fp32 is taken then"
@@ -216,14 +240,25 @@ def filled(config: Config) -> tuple[Config, str]:
         "tau": task.fuzzy_tau if config.cot == "fuzzy" else mode.tau,
         "sigma_scale": mode.noise or None,
         "eval_tasks": [task.test_on or config.task],
-        "out_dir": f"runs/{Path(config.task).stem}-{config.cot}-s{config.seed}",
+        "out_dir": default_folder(config),
         "device": device,
         "dtype": "bf16-mixed" if has_bf16(device) else "fp32",
-        "threads": torch.get_num_threads(),
+        # threads wait for each other: on a busy machine two are slower than one for so small a model
+        "threads": 1 if config.model is None else torch.get_num_threads(),
     }
+    if config.max_cot is not None:
+        defaults["eval_max_cot"] = config.max_cot
     new = {k: v for k, v in defaults.items() if getattr(config, k) in (None, []) and v is not None}
     words = (f"{flag(k)} {' '.join(v) if isinstance(v, list) else v}" for k, v in new.items())
     return dataclasses.replace(config, **new), f"filled in: {' '.join(words)}"
+
+
+def default_folder(config: Config) -> str:
+    """runs/TASK-MODEL-COT-sSEED, or runs/TASK-MODEL-eval; the toy has no model's name."""
+    path = Path(config.model or "")
+    model = path.parent.name if path.name == "model" else path.name
+    end = "eval" if config.eval_only else f"{config.cot}-s{config.seed}"
+    return "runs/" + "-".join(part for part in (Path(config.task).stem, model, end) if part)
 
 
 # ---- 3. Tasks, answers, rewards -----------------------------------------------------------------
@@ -280,24 +315,28 @@ def same_number(answer: str, gold: str) -> bool:
     return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
 
 
-def judge() -> None:
-    """The grading process, a program of its own: for each line [answer, gold] prints if equal."""
-    import json, resource, sys
-    from math_verify import parse, verify
+JUDGE = r"""
+import json, sys
+from math_verify import parse, verify
 
+try:
+    import resource
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes; 9^9^9^9 wants more
-    print("ready", flush=True)
-    for line in sys.stdin:
-        try:
-            answer, gold = json.loads(line)
-            gold, _, tolerance = gold.partition(" within ")
-            a, g = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in (answer, gold))
-            equal = verify(g, a, timeout_seconds=None)
-            if tolerance and not equal:
-                equal = abs(float(a[0]) - float(g[0])) <= float(tolerance) * (1 + 1e-9)
-        except Exception:  # what cannot be read is not the answer
-            equal = False
-        print(json.dumps(bool(equal)), flush=True)
+except (ImportError, ValueError, OSError):
+    pass  # Windows has no such limit, macOS refuses it
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        answer, gold = json.loads(line)
+        gold, _, tolerance = gold.partition(" within ")
+        a, g = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in (answer, gold))
+        equal = verify(g, a, timeout_seconds=None)
+        if tolerance and not equal:
+            equal = abs(float(a[0]) - float(g[0])) <= float(tolerance) * (1 + 1e-9)
+    except Exception:  # what cannot be read is not the answer
+        equal = False
+    print(json.dumps(bool(equal)), flush=True)
+"""  # a program of its own: for each line [answer, gold] it prints whether they are equal
 
 
 class Grader:
@@ -311,19 +350,31 @@ class Grader:
         if answer == gold:
             return True
         if self.process is None or self.process.poll() is not None:
-            command = [sys.executable, "-c", inspect.getsource(judge) + "\njudge()"]
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
-            require(self.process.stdout.readline(), "no grader: pip install -r requirements.txt")
+            self.start()
         self.process.stdin.write(json.dumps([answer, gold]) + "\n")
         self.process.stdin.flush()
-        in_time = select.select([self.process.stdout], [], [], self.limit)[0]
-        verdict = self.process.stdout.readline() if in_time else ""
+        try:
+            verdict = self.reader.submit(self.process.stdout.readline).result(self.limit)
+        except concurrent.futures.TimeoutError:
+            verdict = ""
         if not verdict:  # too slow, or dead
             self.process.kill()
-            self.process.communicate()
+            self.process.wait()
             self.process, self.timeouts = None, self.timeouts + 1
         return verdict == "true\n"
+
+    def start(self) -> None:
+        """Start the process; UserError with its own last words if it can't."""
+        self.reader = concurrent.futures.ThreadPoolExecutor(1)  # Windows can't wait for a pipe
+        errors = tempfile.TemporaryFile()
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        command = [sys.executable, "-c", JUDGE]
+        # a session of its own: Ctrl-C is for the run, not for the grader
+        self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+        if not self.process.stdout.readline():
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"the grader can't start: {last}; try pip install -r requirements.txt")
 
 
 GRADER = Grader()
@@ -428,7 +479,8 @@ def read_rows(config: Config, name: str, split: str) -> list[dict]:
     task = TASKS.get(name)
     (hub, *parts), hub_split, *_ = (task.hub, getattr(task, split)) if task else CHOICES[name]
     advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
-    with explained(Exception, f"{name}: could not load {hub} from the hub; {advice}"):
+    errors = (OSError, ValueError, ImportError)
+    with explained(errors, f"{name}: could not load {hub} from the hub; {advice}"):
         loaded = [datasets.load_dataset(hub, part, split=hub_split) for part in parts or [None]]
     return [row for rows in loaded for row in rows]
 
@@ -475,6 +527,7 @@ class Policy:
     tokenizer: transformers.PreTrainedTokenizerBase
     mixed: bool = False  # bf16 arithmetic on fp32 weights
     recomputes: bool = False  # the backward pass runs each layer again: see load_policy()
+    logit_scale: float = 1.0  # what the model multiplies its head's output by (Granite, Cohere)
     engine: Optional["Engine"] = None  # that of the last rollout, for the next one
 
     def arithmetic(self):
@@ -498,7 +551,7 @@ class Policy:
         output = self.model.get_output_embeddings()
         fp32 = {name: w.float() for name, w in output.named_parameters()}  # bf16: 20, then 20.125
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = torch.func.functional_call(output, fp32, hidden.float())
+            logits = self.logit_scale * torch.func.functional_call(output, fp32, hidden.float())
         bound = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return bound * torch.tanh(logits / bound) if bound else logits
 
@@ -579,13 +632,19 @@ def has_bf16(device: str) -> bool:
     return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
 def load_policy(config: Config, source: str) -> Policy:
     """The policy in a folder or on the hub; UserError says what is missing."""
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     advice = "give a hub id, or a folder with config.json, weights and tokenizer"
-    with explained(Exception, f"--model {source}: could not be loaded; {advice}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    hint = f"--model {source} is the folder of a run: did you mean {source}/model"
+    require(not (Path(source) / "model" / "config.json").exists(), hint)
+    with explained(LOADING, f"--model {source}: could not be loaded; {advice}"):
+        how = {"trust_remote_code": False}  # a folder's own code is never run
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left", **how)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **how)
     require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
     added, V = tokenizer.added_tokens_decoder, model.get_input_embeddings().num_embeddings
     others = sum(id >= V and token.special for id, token in added.items())  # images, say: not text
@@ -600,16 +659,49 @@ def load_policy(config: Config, source: str) -> Policy:
             module.forward = partial(recompute, module.forward, use_reentrant=False)
     how = (config.dtype == "bf16-mixed", config.gradient_checkpointing)
     policy = Policy(model.to(config.device).eval(), tokenizer, *how)
-    strange = f"--model {source}: its embeddings, attention or head are not an ordinary decoder's"
-    with torch.no_grad(), policy.arithmetic(), explained(Exception, strange):
-        ids = torch.tensor([[0, 1, 2]], device=config.device)
-        engine, real = Engine(policy, 1, 3, 1), ids != 1  # a gap, and a second call
-        for part in ([0, 1], [2]):
-            hidden = engine.feed(policy.embeddings()[ids[:, part]], real[:, part])
-        plain = model(ids[real][None]).logits[:, -1].float()
-        close = (1e-2 if config.dtype == "fp32" else 1e-1) * plain.abs().max().item()
-        torch.testing.assert_close(policy.head(hidden[:, -1]), plain, rtol=0, atol=close)
-    return policy
+    unfit = f"--model {source} does not fit soft tokens; SOFTCOT_DEBUG=1 shows where"
+    with explained((*LOADING, TypeError, AttributeError, AssertionError), unfit):
+        rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
+        check_policy(policy, rounding.get(config.dtype, 1e-1))
+    forget_engine(policy)
+    return shard(policy, config) if several() else policy
+
+
+@torch.no_grad()
+def check_policy(policy: Policy, close: float) -> None:
+    """Does the model compute what the method needs? AssertionError names what does not.
+
+    Embeddings must say all that the model reads of a token; and mixtures of them, fed through the
+    engine in two parts to two rows, one of which has a gap, must give what a plain pass over the
+    row without its gap gives. Finds the factor that some models put behind their head."""
+    def alike(found, expected, what: str) -> None:
+        error = (found.float() - expected.float()).abs().max().item()
+        largest = expected.float().abs().max().item()
+        assert error <= close * largest, f"{what} differ by {error:.2g} of {largest:.2g}"
+
+    with policy.arithmetic():
+        E, model = policy.embeddings(), policy.model
+        ids = torch.arange(5, device=E.device)[None] % len(E)
+        words = model(ids, use_cache=False).logits
+        alike(model(inputs_embeds=E[ids], use_cache=False).logits, words, "logits of embeddings")
+        p = draw(row_seeds([(0,), (1,)]).to(E.device), 0, 5, 0)[0][..., None]  # [2, 5, 1]
+        x = p.to(E.dtype) * E[ids] + (1 - p).to(E.dtype) * E[ids + 1]  # [2, 5, D]
+        before, real = x.clone(), torch.ones(2, 5, dtype=torch.bool, device=E.device)
+        real[1, 2] = False
+        engine = Engine(policy, 2, 5, 1)
+        engine.restart()
+        engine.reserve(5)
+        hidden = torch.cat([engine.feed(x[:, :3], real[:, :3]), engine.feed(x[:, 3:], real[:, 3:])], 1)
+        alike(x, before, "inputs, which the model changes: they")
+        for row in (0, 1):
+            kept = x[row, real[row]][None]
+            plain = model.base_model(inputs_embeds=kept, use_cache=False).last_hidden_state[0]
+            alike(hidden[row, real[row]], plain, "hidden states")
+        logits, head = model(inputs_embeds=kept, use_cache=False).logits[0], policy.head(plain)
+        require(head.shape == logits.shape, "its head gives another number of logits")
+        factor = ((logits.float() * head).sum() / head.square().sum()).item()
+        policy.logit_scale = factor if abs(factor - 1) > close else 1.0
+        alike(policy.head(plain), logits, "logits")
 
 
 def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Problem]:
@@ -1043,14 +1135,27 @@ def last(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
 
 
-@torch.no_grad()
 def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting, max_cot: int,
             max_answer: int, answer_tau: float) -> Rollout:
     """Let the policy think about each prompt and answer it; no gradient is recorded.
 
     prompts, seeds: N of each; a prompt that comes several times is read once. answer_tau:
     temperature of the answer (1 in training, 0 in evaluation). Returns N rows, as long as the
-    longest of them."""
+    longest of them. Of several processes each samples some of the rows."""
+    how = (setting, max_cot, max_answer, answer_tau)
+    if not several():
+        return rollout_here(policy, prompts, seeds, *how)
+    own = range(rank(), len(seeds), processes()) or [0]
+    with whole_weights(policy):
+        r = rollout_here(policy, [prompts[n] for n in own], seeds[list(own)], *how)
+        forget_engine(policy)  # it knows the weights by their place, and FSDP2 moves them
+    return merged(r, len(seeds))
+
+
+@torch.no_grad()
+def rollout_here(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
+                 max_cot: int, max_answer: int, answer_tau: float) -> Rollout:
+    """rollout() of these rows in this process."""
     different = list(dict.fromkeys(prompts))  # B texts
     ids, mask = policy.tokenize(different)  # [B, P]
     which = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
@@ -1088,6 +1193,11 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
     return Rollout(*prefix, cot, answer, stopped, cots, answers)
 
 
+def progress(what: str, steps=None, **how) -> tqdm:
+    """A bar for what may take long: shown after five seconds, and by one process alone."""
+    return tqdm(steps, desc=what, leave=False, delay=5, disable=rank() > 0, **how)
+
+
 def generate(engine: Engine, N: int, T: int, done: Callable[[str], bool]) -> tuple:
     """The phase that the engine began: up to T steps of N rows, each until done(its text).
 
@@ -1095,6 +1205,7 @@ def generate(engine: Engine, N: int, T: int, done: Callable[[str], bool]) -> tup
     on with behind its end is masked out."""
     policy, device = engine.policy, engine.real.device
     texts, finished, length, going, t = [""] * N, [False] * N, [T] * N, list(range(N)), 0
+    bar = progress(f"sampling, {N} rows", total=T, unit="token")
     while going and t < T:
         count = min(LOOK[device.type], T - t)
         engine.reserve(count)
@@ -1113,6 +1224,8 @@ def generate(engine: Engine, N: int, T: int, done: Callable[[str], bool]) -> tup
         if len(still) < len(going):
             engine.leave(length, t)
         going = still
+        bar.update(count)
+    bar.close()
     engine.batch = N
     return engine.part(length), finished
 
@@ -1199,12 +1312,17 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
 
 
 def micro_batches(r: Rollout, advantages: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Row numbers [M] and their advantages [M] in parts of at most so many tokens.
+    """Row numbers [M] and their advantages [M] in parts of at most so many tokens a process.
 
-    Rows with A_n = 0 add nothing to the gradient and are left out."""
+    Rows with A_n = 0 add nothing to the gradient and are left out. Of several processes each has
+    its share of every part, or row 0 with A = 0 where there are too few; as FSDP2 takes the mean of
+    their gradients, advantages are multiplied by their number."""
+    first, every = rank(), processes()
     longest = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
-    parts = advantages.nonzero().flatten().split(max(1, tokens // longest))
-    return [(index, advantages[index]) for index in parts if len(index)]
+    parts = advantages.nonzero().flatten().split(max(1, tokens // longest) * every)
+    shares = [(index[first::every], index) for index in parts if len(index)]
+    return [(own, advantages[own] * every) if len(own) else (index[:1], 0 * advantages[:1])
+            for own, index in shares]  # fmt: skip
 
 
 def affordable_tokens(policy: Policy) -> int:
@@ -1224,7 +1342,7 @@ def affordable_tokens(policy: Policy) -> int:
     layers = [m for m in policy.model.base_model.modules() if not isinstance(m, nn.Embedding)]
     matrices = [w for m in layers for w in m.parameters(recurse=False) if w.dim() == 2]
     size = 2 if policy.mixed else weights[0].itemsize
-    return max(1, int(free / sum(sum(w.shape) * size for w in matrices)))
+    return min(gather(max(1, int(free / sum(sum(w.shape) * size for w in matrices)))))
 
 
 def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
@@ -1236,9 +1354,10 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     returned, of each position: how far a hard token's log-probability is from the rollout's, in
     nats, and how far a soft token's mean moved, in sigma, [M] each, M as many as there are."""
     loss, gaps, moves = 0.0, [], []
-    for index, advantage in micro_batches(r, advantages, micro_batch or affordable_tokens(policy)):
+    parts = micro_batches(r, advantages, micro_batch or affordable_tokens(policy))
+    for index, advantage in progress("gradient", parts, unit="part"):
         part = rows_of(r, index)
-        cot, answer, moved = log_probs(policy, part)  # [M, T], [M, A], [M, T]
+        cot, answer, moved = called_by(policy, log_probs, part)  # [M, T], [M, A], [M, T]
         part_loss = -(advantage * (cot.sum(1) + answer.sum(1))).sum() / len(advantages)
         part_loss.backward()
         loss += part_loss.item()
@@ -1248,7 +1367,9 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
         else:
             moves.append(moved[part.cot.mask])
     none = [torch.zeros(0)]
-    return loss, torch.cat(gaps or none).abs().cpu(), torch.cat(moves or none).cpu()
+    own = (loss, torch.cat(gaps or none).abs().cpu(), torch.cat(moves or none).cpu())
+    losses, gaps, moves = zip(*gather(own))
+    return float(np.mean(losses)), torch.cat(gaps), torch.cat(moves)
 
 
 def disagreement(gaps: Tensor, moves: Tensor) -> dict:
@@ -1284,6 +1405,7 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *ho
     with explained(torch.OutOfMemoryError, advice):
         r = rollout(policy, [problem.prompt for problem, _ in samples], seeds, *how)
     values = [reward(a, problem.gold, problem.equal) for a, (problem, _) in zip(r.answers, samples)]
+    values = gather(values)[0]  # of several processes: a grader may run out of time in one of them
     return r, np.array(values).reshape(len(problems), G)
 
 
@@ -1301,17 +1423,17 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     same = [n, size, how, config.seed, config.dtype, [(p.prompt, p.gold) for p in ordered]]
     same.append(Path(__file__).read_bytes())  # whoever edits this file will want new figures
-    same += [w.detach().double().sum().item() for w in policy.model.parameters() if log]
+    same += [w.detach().float().sum().item() for w in policy.model.parameters() if log]
     key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
     done = {row["batch"]: row for row in (read_log(log) if log else []) if row["key"] == key}
-    for i, batch in enumerate(tqdm(batches, leave=False, disable=not log)):
+    for i, batch in enumerate(progress("evaluation", batches, unit="batch")):
         if i not in done:
             r, rewards = rewarded(policy, batch, n, (config.seed, 1), *how)
             done[i] = {
                 "correct": (rewards == 100).sum(axis=1).tolist(),  # of n, for each problem
                 "stopped": sum(r.stopped),
                 "reached": r.cot.mask.sum(0).tolist(),  # CoTs with a token at position t
-                "entropy": r.cot.entropy.double().sum(0).tolist(),  # sum over these, in nats
+                "entropy": r.cot.entropy.cpu().double().sum(0).tolist(),  # sum over these, in nats
             }
             if log:
                 append_jsonl(log, {"key": key, "batch": i, **done[i]})
@@ -1335,18 +1457,16 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
 
 
 @torch.no_grad()
-def evaluate_choices(policy: Policy, name: str, config: Config) -> dict:
+def evaluate_choices(policy: Policy, name: str, rows: list[dict]) -> dict:
     """Accuracy, and negative log-likelihood per token of the right option (the paper's Table 2).
 
     Teacher-forced: the log-probability of a rollout without CoT whose answer is the option. The
     model's choice is the option with the highest log-probability per token."""
-    _, split, read = CHOICES[name]
-    rows = read_rows(config, name, split)[: config.eval_limit]
     scores = {"accuracy": [], "nll": []}
-    for row in tqdm(rows, desc=name, leave=False):
+    for row in progress(name, rows):
         if stopping():
             raise Stopped
-        question, options, right = read(row)
+        question, options, right = CHOICES[name][2](row)
         ids, mask = policy.tokenize([question] * len(options))  # [options, P]
         option_ids, option_mask = policy.tokenize(options, special=False)
         none = ids[:, :0]  # [options, 0]
@@ -1362,33 +1482,34 @@ def evaluate_choices(policy: Policy, name: str, config: Config) -> dict:
     return {"problems": len(rows), **means, "error": error}
 
 
-def evaluate_all(policy: Policy, config: Config, stage: str, path: Path) -> tuple[str, float]:
-    """Evaluate --eval-settings on --eval-tasks, print a table and write path; its first figure."""
-    records, figures = json.loads(path.read_bytes()) if path.exists() else [], []
-    for task in config.eval_tasks:
+def evaluate_all(policy: Policy, config: Config, tests: dict[str, list], stage: str,
+                 path: Path) -> dict[str, float]:
+    """Evaluate --eval-settings on tests (see load_data()), print a table and write path.
+
+    Returns the figures by their names, those of the first task first."""
+    records, figures = json.loads(path.read_bytes()) if path.exists() else [], {}
+    for task, problems in tests.items():
         print(f"\n{stage}, {task}, {config.eval_k} samples of each problem:")
         if task not in CHOICES:
-            problems = load_problems(config, task, "test")[: config.eval_limit]
-            problems = fitting(policy, problems, config)
             print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
         for name in ["teacher_forced"] if task in CHOICES else config.eval_settings:
             if task in CHOICES:
-                scores = evaluate_choices(policy, task, config)
-                figures.append((f"{task} accuracy", scores["accuracy"]))
+                scores = evaluate_choices(policy, task, problems)
+                figures[f"{task} accuracy"] = scores["accuracy"]
                 line = "accuracy {accuracy:.3f}, {nll:.3f} nats per token of the right answer"
             else:
                 setting, log = settings_of(config)[name], path.with_name("eval_batches.jsonl")
                 scores = evaluate(policy, problems, setting, config, config.eval_k, log)
                 n, ks = scores["n"], scores["k"]
-                figures.append((f"{task} {name} pass@1", ks["1"]))
+                figures[f"{task} {name} pass@1"] = ks["1"]
                 line = f"{ks['1']:7.3f} {scores['k_error']['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
                 line += " {cot_len:8.1f} {stop_rate:5.2f} {cot_entropy:8.3f}"
             print(f"{name:14}", line.format(**scores))
             key = {"stage": stage, "task": task, "setting": name}
             records = [old for old in records if not key.items() <= old.items()]
-            records.append(key | scores)
+            records.append(key | {"model": config.model or "toy"} | scores)
             write_json(path, records)
-    return figures[0]
+    return figures
 
 
 # ---- 10. Files -----------------------------------------------------------------------------------
@@ -1411,14 +1532,16 @@ def replacing(path: Path):
 
 def write_json(path: Path, content) -> None:
     """Write JSON, all of it or nothing."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if rank() == 0:
+        with replacing(path) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def append_jsonl(path: Path, row: dict) -> None:
     """Add one object as one line, in one piece."""
-    with explained(OSError, f"{path}: can't be written"), open(path, "ab", buffering=0) as file:
-        file.write(json.dumps(row).encode() + b"\n")
+    if rank() == 0:
+        with explained(OSError, f"{path}: can't be written"), open(path, "ab", buffering=0) as file:
+            file.write(json.dumps(row).encode() + b"\n")
 
 
 def read_log(path: Path, keep: Callable[[dict], bool] = lambda row: True) -> list[dict]:
@@ -1426,7 +1549,7 @@ def read_log(path: Path, keep: Callable[[dict], bool] = lambda row: True) -> lis
     text = path.read_bytes() if path.exists() else b""
     rows = [row for row in map(json.loads, text.split(b"\n")[:-1]) if keep(row)]
     kept = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    if kept != text:
+    if kept != text and rank() == 0:
         with replacing(path) as part:
             part.write_bytes(kept)
     return rows
@@ -1436,8 +1559,9 @@ def save_state(path: Path, policy: Policy, optimizer, schedule, step: int, best:
     """Save all that --resume needs; data order and noise follow from (seed, step) alone."""
     model, moments = states.get_state_dict(policy.model, optimizer, options=WHOLE)
     state = {"model": model, "optimizer": moments, "schedule": schedule.state_dict()}
-    with replacing(path) as part:
-        torch.save({**state, "step": step, "best": best}, part)
+    if rank() == 0:
+        with replacing(path) as part:
+            torch.save({**state, "step": step, "best": best}, part)
 
 
 def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, float]:
@@ -1461,6 +1585,9 @@ def round_by_chance(x: Tensor) -> Tensor:
     """fp32 to bf16, up or down with the chances that make the mean right: [..] -> [..].
 
     bf16 is the upper half of an fp32: add a random lower half, and cut the lower half off."""
+    if isinstance(x, DTensor):  # this process's share of it
+        share, split = round_by_chance(x.to_local()), (x.device_mesh, x.placements)
+        return DTensor.from_local(share, *split, shape=x.shape, stride=x.stride())
     bits = x.view(torch.int32) + torch.randint_like(x, 1 << 16, dtype=torch.int32)
     return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
@@ -1511,7 +1638,7 @@ def peak_gib(device: torch.device) -> float:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 2**30
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    status, reset = (Path(PROCESS) / name for name in ("status", "clear_refs"))
     if not reset.exists():
         return math.nan
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
@@ -1573,17 +1700,17 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
         whole = states.get_model_state_dict(policy.model, options=WHOLE)
         once = dict([*policy.model.named_parameters(), *policy.model.named_buffers()])
         weights = {k: w for k, w in whole.items() if k in once}  # a tied head is E
-        with replacing(out / "model") as folder:  # an ordinary one, for from_pretrained()
-            policy.model.save_pretrained(folder, state_dict=weights)
-            policy.tokenizer.save_pretrained(folder)
+        if rank() == 0:
+            with replacing(out / "model") as folder:  # an ordinary one, for from_pretrained()
+                policy.model.save_pretrained(folder, state_dict=weights)
+                policy.tokenizer.save_pretrained(folder)
     return best
 
 
-def train(policy: Policy, config: Config, out: Path) -> None:
-    """The algorithm: for each step sample, reward, update; now and then validate and save."""
-    problems = fitting(policy, load_problems(config, config.task, "train"), config)
-    held_out = load_problems(config, config.task, "validation")[: config.eval_limit]
-    held_out = fitting(policy, held_out, config) if held_out else []
+def train(policy: Policy, config: Config, out: Path, problems: list, held_out: list) -> None:
+    """The algorithm: for each step sample, reward, update; now and then validate and save.
+
+    State and curves are saved as often as costs a twentieth of the time, and at the end."""
     optimizer, schedule = make_optimizer(policy, config)
     state = (out / "state.pt", policy, optimizer, schedule)
     if config.resume and (out / "state.pt").exists():
@@ -1592,54 +1719,147 @@ def train(policy: Policy, config: Config, out: Path) -> None:
         done, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0)
     history, _ = (read_log(out / name, lambda row: row["step"] <= done) for name in LOGS)
     every = max(1, config.steps // CHECKPOINTS)
-    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=config.cot)
+    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=config.cot,
+               disable=rank() > 0)
+    saved, saving = time.perf_counter(), 0.0
     for step in bar:
         batch = prompts_of_step(problems, step, config.prompts, config.seed)
         metrics, r, rewards = train_step(policy, batch, step, config, optimizer, schedule)
-        now = (step + 1) % every == 0 or step + 1 == config.steps
+        last = step + 1 == config.steps
+        now = (step + 1) % every == 0 or last
         append_jsonl(out / "metrics.jsonl", metrics)
+        history.append(metrics)
         for n in range(min(3, len(r.cots)) if now or step == 0 else 0):
-            row = {"step": step + 1, "cot": r.cots[n], "stopped": r.stopped[n]}
-            row |= {"answer": r.answers[n], "reward": rewards.flat[n]}
-            append_jsonl(out / "samples.jsonl", row)
+            problem = batch[n // config.samples]
+            row = {"step": step + 1, "prompt": problem.prompt, "cot": r.cots[n]}
+            row |= {"stopped": r.stopped[n], "answer": r.answers[n], "gold": problem.gold}
+            append_jsonl(out / "samples.jsonl", row | {"reward": rewards.flat[n]})
         if now:
+            bar.set_postfix_str("validation")
             best = checkpoint(policy, config, out, held_out, step + 1, best)
         stop = stopping()
-        if now or stop:
+        seldom = time.perf_counter() - saved > 20 * saving
+        if stop or last or gather(seldom)[0]:
+            bar.set_postfix_str("saving")
+            start = time.perf_counter()
             save_state(*state, step + 1, best)
+            if rank() == 0:
+                plot_curves(out, config.cot)
+            saved = time.perf_counter()
+            saving = saved - start
         if stop:
             raise Stopped
-        history.append(metrics)
         hopeless = len(history) >= 10 and all(row["skipped"] for row in history[-10:])
         require(not hopeless, "ten steps in a row had no finite gradient: lower --lr")
         if len(history) == 20 and not any(row["mixed_groups"] for row in history):
             tqdm.write("No group had mixed rewards in 20 steps, so nothing is learnt: see"
                        " samples.jsonl; try more --samples, a longer --max-cot or another --task")
-        bar.set_postfix({k: round(metrics[k], 2) for k in ("success", "cot_len")}, best=best)
+        shown = {key: round(metrics[key], 2) for key in ("reward", "success", "cot_len")}
+        bar.set_postfix(shown | ({"best": round(best, 3)} if held_out else {}))
 
 
 # ---- 12. Main -----------------------------------------------------------------------------------
 def parse(arguments: list[str]) -> Config:
     """Config from command-line arguments; UserError on an unknown flag or a bad value."""
-    parser = transformers.HfArgumentParser(
-        Config, allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0])
     parser.error = partial(require, False)  # argparse's own prints the usage and exits
-    config, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False)
-    require(not unknown, f"{' '.join(unknown)}: no such flag; --help lists them all")
-    return config
+    for field in dataclasses.fields(Config):
+        how = {"help": field.metadata["help"]}
+        kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)]
+        kind = kinds[0] if typing.get_origin(field.type) is typing.Union else field.type
+        if kind is bool:
+            how["action"] = "store_true"
+        elif typing.get_origin(kind) is Literal:
+            how["choices"] = typing.get_args(kind)
+        elif kind == list[str]:
+            how["nargs"] = "+"
+        else:
+            how["type"] = kind
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **how)
+    return Config(**vars(parser.parse_args(arguments)))
 
 
-def prepare(config: Config, out: Path) -> None:
-    """Make --out-dir; a resumed run must be there, with the same settings but for MAY_CHANGE."""
+def check_folder(config: Config, out: Path) -> None:
+    """UserError if --out-dir must not be written to: nothing that is there may get lost.
+
+    A resumed run must be there, with the same settings but for MAY_CHANGE."""
     there, new = out / "config.json", dataclasses.asdict(config) | {"resume": False}
+    old = json.loads(there.read_bytes()) if there.is_file() else {}
+    if config.model and Path(config.model).exists():
+        model, folder = Path(config.model).resolve(), out.resolve()
+        apart = model not in (folder, *folder.parents)
+        apart = apart and (config.eval_only or folder not in model.parents)
+        require(apart, f"--out-dir {out} and --model {config.model} are in each other: name another")
     if config.resume:
-        require(there.is_file(), f"--resume: {out} holds no run; leave --resume out")
-        old = json.loads(there.read_bytes()) | {"out_dir": new["out_dir"]}  # it may have moved
+        require(old, f"--resume: {out} holds no run; leave --resume out")
+        new["out_dir"] = old["out_dir"]  # it may have moved
         changed = [flag(k) for k in new if k not in MAY_CHANGE.split() and new[k] != old.get(k)]
         require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
-    with explained(OSError, f"--out-dir {out}: can't be made"):
-        out.mkdir(parents=True, exist_ok=True)
+    elif config.eval_only:
+        own = old.get("model") == config.model or trained_here(config, out)
+        other = f"--out-dir {out} is of another model, {old.get('model') or 'the toy'}: name another"
+        require(not old or own, other)
+    else:
+        files = [name for name in ("config.json", "eval.json", *LOGS) if (out / name).exists()]
+        ways = "--resume goes on with it, another --out-dir starts a new one"
+        require(not files, f"--out-dir {out} holds a run already ({', '.join(files)}): {ways}")
+
+
+def trained_here(config: Config, out: Path) -> bool:
+    """Whether --model is what a run in this folder has trained."""
+    return bool(config.model) and Path(config.model).resolve() == (out / "model").resolve()
+
+
+def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, list]]:
+    """Problems to train on and to validate with, and for each of --eval-tasks those to test on.
+
+    Of a multiple choice it is the rows. All that can be wrong with data is found here, before a
+    file is touched."""
+    train, held_out, tests = [], [], {}
+    if not config.eval_only:
+        train = fitting(policy, load_problems(config, config.task, "train"), config)
+        held_out = load_problems(config, config.task, "validation")[: config.eval_limit]
+        held_out = fitting(policy, held_out, config) if held_out else []
+        few = f"{len(train)} problems for --prompts {config.prompts}: some come twice in a step"
+        print(few if len(train) < config.prompts else "", end="")
+    for task in config.eval_tasks if config.eval_limit != 0 else ():
+        if task in CHOICES:
+            tests[task] = read_rows(config, task, CHOICES[task][1])[: config.eval_limit]
+        else:
+            found = load_problems(config, task, "test")[: config.eval_limit]
+            tests[task] = fitting(policy, found, config)
+    return train, held_out, tests
+
+
+def check_disk(policy: Policy, out: Path) -> None:
+    """Say what a run writes at most, if it is much; UserError if the disk has less."""
+    weights = sum(w.numel() * w.itemsize for w in policy.model.parameters())
+    most = 2 * (weights + 3 * weights)  # model and state, old and new while one replaces the other
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    size = f"{out} will take up to {most / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
+    require(most < free, f"{size}: name another --out-dir")
+    if most > 2**30:
+        print(size)
+
+
+def noise_advice(config: Config, figures: dict[str, float]) -> str:
+    """What the base's success with the noise and without it says of --sigma-scale, or nothing.
+
+    Too little noise costs nothing: it changes no outcome, so there is nothing to compare. With too
+    much, too few are right to be rewarded. See results/README.md, where it was measured."""
+    names = [f"{config.task} {config.cot}_{how} pass@1" for how in ("greedy", "sample")]
+    if config.cot == "hard" or not all(name in figures for name in names):
+        return ""
+    without, with_noise = (figures[name] for name in names)
+    text = f"noise {config.sigma_scale:g}: success {with_noise:.3f}, without it {without:.3f}"
+    low, high = WINDOW
+    if with_noise < low:
+        return f"{text}: too much to find what is right; try a lower --sigma-scale"
+    if with_noise > high * without:
+        return f"{text}: perhaps too little to explore; see mixed_groups, try a higher --sigma-scale"
+    return ""
 
 
 def run(config: Config) -> str:
@@ -1649,161 +1869,148 @@ def run(config: Config) -> str:
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.device == "cpu")  # same seed, same bits
     out = Path(config.out_dir)
-    prepare(config, out)
+    check_folder(config, out)
     policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
-    if not config.resume and not config.eval_only:
-        for name in (*LOGS, "eval.json", "state.pt"):
-            (out / name).unlink(missing_ok=True)  # of an older run
-    if not config.eval_only or not (out / "config.json").exists():
+    problems, held_out, tests = load_data(policy, config)
+    if not config.eval_only:
+        check_disk(policy, out)
+    with explained(OSError, f"--out-dir {out}: can't be made"):
+        out.mkdir(parents=True, exist_ok=True)
+    if not (out / "config.json").exists() or config.resume:
         write_json(out / "config.json", dataclasses.asdict(config) | {"resume": False})
-    if config.eval_only:
-        mine = config.model and Path(config.model).resolve() == (out / "model").resolve()
-        evaluate_all(policy, config, "trained" if mine else "base", out / "eval.json")
-        return f"Evaluated {config.model or 'the toy base'}: {out}/eval.json"
-    if config.eval_limit:
-        what, before = evaluate_all(policy, config, "base", out / "eval.json")
-    train(policy, config, out)
-    plot_curves(out, config.cot)
-    last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
-    if not config.eval_limit:
-        return f"Not evaluated {last}"
-    del policy
-    gc.collect()  # of the model that was trained, before the best one is loaded
-    policy = load_policy(config, str(out / "model"))
-    _, score = evaluate_all(policy, config, "trained", out / "eval.json")
-    plot_pass_at_k(out, config.cot, config.eval_tasks[0])
-    return f"{what} {before:.3f} -> {score:.3f} {last}, figures and tables in {out}"
+    results = out / "eval.json"
+    with noted_signals():
+        if config.eval_only:
+            stage = "trained" if trained_here(config, out) else "base"
+            evaluate_all(policy, config, tests, stage, results)
+            return f"Evaluated {config.model or 'the toy base'}: {results}"
+        before = evaluate_all(policy, config, tests, "base", results)
+        print(noise_advice(config, before))
+        train(policy, config, out, problems, held_out)
+        last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
+        if not tests:
+            return f"Not evaluated {last}"
+        del policy
+        gc.collect()  # of the model that was trained, before the best one is loaded
+        policy = load_policy(config, str(out / "model"))
+        after = evaluate_all(policy, config, tests, "trained", results)
+    if rank() == 0:
+        plot_pass_at_k(out, config.cot, config.eval_tasks[0])
+    name = next(iter(before))
+    return f"{name} {before[name]:.3f} -> {after[name]:.3f} {last}, figures and tables in {out}"
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
-    """Parse, run, and turn a user's mistake into one line and exit status 2, a signal into 0."""
+    """Parse, run, and turn a user's mistake into one line and exit status 2, a signal into 0.
+
+    With the environment variable SOFTCOT_DEBUG set, mistakes have their tracebacks."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     arguments = sys.argv[1:] if arguments is None else arguments
-    SIGNALS.clear()
-    note = lambda n, _: (SIGNALS.append(n), signal.signal(n, SECOND))
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         config = parse(arguments)
         print(run(config))
     except UserError as error:
-        print(f"softcot.py: error: {error}", file=sys.stderr)
+        if os.environ.get("SOFTCOT_DEBUG"):
+            raise
+        who = f"process {rank()}" if rank() else "softcot.py: error"
+        print(f"{who}: {error}", file=sys.stderr)
         return 2
     except Stopped:
         again = [] if config.resume or config.eval_only else ["--resume"]
         print("Stopped. To go on:", shlex.join(["python", "softcot.py", *arguments, *again]))
-    finally:
-        list(map(signal.signal, before, before.values()))
     return 0
 
 
 # ---- 13. Several processes: torchrun ------------------------------------------------------------
-class Torchrun:
-    """The same program in several processes, each with its share of the rows of every batch.
+# The same program in several processes, each with its share of the rows of every batch. FSDP2
+# splits weights, gradients and moments over them; for sampling the weights are whole in each. All
+# go through the same steps, so none waits for another in vain; rank 0 alone writes and speaks.
+def several() -> bool:
+    """Whether torchrun started this process and others."""
+    return dist.is_initialized()
 
-    FSDP2 splits weights, gradients and moments over the processes; for sampling the weights are
-    whole in each. A method takes the place of the function above that has its name, and calls that.
-    All processes go through the same steps, so none waits for another in vain; rank 0 writes."""
-    SECOND = signal.SIG_IGN  # torchrun hands a signal on more than once
 
-    def __init__(self):
-        """Join the other processes that torchrun started, and put the methods in place."""
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.alone = types.SimpleNamespace(**{k: v for k, v in globals().items() if k[0] != "_"})
-        globals().update({k: getattr(self, k) for k in vars(Torchrun) if k in vars(self.alone)})
-        if self.rank:
-            self.folder, bar = tempfile.TemporaryDirectory(), tqdm.__init__
-            scratch = lambda path: self.alone.replacing(Path(self.folder.name) / path.name)
-            silent = "append_jsonl plot_curves plot_pass_at_k print".split()
-            globals().update(dict.fromkeys(silent, lambda *_, **__: None), replacing=scratch)
-            tqdm.__init__ = lambda *a, **how: bar(*a, **how | {"disable": True})
+def rank() -> int:
+    """The number of this process: 0 if it is the only one."""
+    return dist.get_rank() if several() else 0
 
-    def gather(self, mine) -> list:
-        """What each process gives, in all of them."""
-        every = [None] * self.world
-        dist.all_gather_object(every, mine)
-        return every
 
-    def stopping(self) -> bool:
-        """Whether a signal came to any process."""
-        return any(self.gather(self.alone.stopping()))
+def processes() -> int:
+    """How many there are."""
+    return dist.get_world_size() if several() else 1
 
-    def load_policy(self, config: Config, source: str) -> Policy:
-        """The policy, split over the processes: each layer, then what is outside of layers."""
-        require(config.samples >= self.world, "--samples is too small: each process needs one")
-        policy = self.alone.load_policy(config, source)
-        mesh = dist.init_device_mesh(policy.model.device.type, (self.world,))
-        for module in policy.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                fsdp.fully_shard(module, mesh=mesh)
-        fsdp.fully_shard(policy.model, mesh=mesh, reshard_after_forward=True)
-        policy.model.call = lambda function, *arguments: function(*arguments)
-        fsdp.register_fsdp_forward_method(policy.model, "call")
-        policy.model.call(lambda: None)  # FSDP2 takes what is called first for the whole model
-        return policy
 
-    def rollout(self, policy: Policy, prompts: list[str], seeds: list[int], *how) -> Rollout:
-        """Each process samples some rows, with all weights, and gets all rows."""
-        shards = [m for m in policy.model.modules() if isinstance(m, fsdp.FSDPModule)]
-        policy.model.set_reshard_after_forward(False)
-        for module in shards:
-            module.unshard()
-        rows = range(self.rank, len(seeds), self.world) or [0]
-        prompts, mine = [prompts[n] for n in rows], seeds[list(rows)]
-        r = self.alone.rollout(policy, prompts, mine, *how)
-        forget_engine(policy)  # it knows the weights by their place, and FSDP2 moves them
-        for module in shards:
-            module.reshard()
-        policy.model.set_reshard_after_forward(True)
+def gather(x) -> list:
+    """What each process gives, in all of them."""
+    if not several():
+        return [x]
+    every = [None] * processes()
+    dist.all_gather_object(every, x)
+    return every
 
-        def whole(x):
-            """Of a field of my rows, the same of all rows; shorter ones are padded at their end."""
-            if isinstance(x, (Part, Rollout)):
-                return type(x)(**{k: whole(v) for k, v in vars(x).items()})
-            if not isinstance(x, (list, Tensor)):
-                return x
-            every = self.gather(x.cpu() if isinstance(x, Tensor) else x)
-            rows = [every[n % self.world][n // self.world] for n in range(len(seeds))]
-            if isinstance(x, list):
-                return rows
-            return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(x.device)
 
-        return whole(r)
+def join() -> None:
+    """Join the other processes that torchrun started; rank 0 alone is heard on the screen."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
+    dist.init_process_group(timeout=datetime.timedelta(hours=2))
+    if rank():
+        sys.stdout = open(os.devnull, "w")
 
-    def rewarded(self, *how) -> tuple:
-        """The same, with the rewards of rank 0: the grader of one process may run out of time."""
-        r, rewards = self.alone.rewarded(*how)
-        return r, self.gather(rewards)[0]
 
-    def micro_batches(self, r: Rollout, advantages: Tensor, tokens: int):
-        """Some rows of each micro-batch and their A; row 0 and A = 0 where there are too few."""
-        for index, A in self.alone.micro_batches(r, advantages, tokens * self.world):
-            mine, some = slice(self.rank, None, self.world), self.rank < len(index)
-            yield (index[mine], A[mine] * self.world) if some else (index[:1], 0 * A[:1])
+def shard(policy: Policy, config: Config) -> Policy:
+    """Split the policy over the processes: each layer, then what is outside of layers."""
+    require(config.samples >= processes(), "--samples is too small: each process needs one")
+    mesh = dist.init_device_mesh(policy.model.device.type, (processes(),))
+    for module in policy.model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            fsdp.fully_shard(module, mesh=mesh)
+    fsdp.fully_shard(policy.model, mesh=mesh, reshard_after_forward=True)
+    policy.model.call = lambda function, *arguments: function(*arguments)
+    fsdp.register_fsdp_forward_method(policy.model, "call")
+    policy.model.call(lambda: None)  # FSDP2 takes what is called first for the whole model
+    return policy
 
-    def log_probs(self, policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, called so that FSDP2 gathers weights for it and sees its backward pass."""
-        return policy.model.call(self.alone.log_probs, policy, r)
 
-    def affordable_tokens(self, policy: Policy) -> int:
-        """What the process with the least memory can afford: all make as many micro-batches."""
-        return min(self.gather(self.alone.affordable_tokens(policy)))
+def called_by(policy: Policy, function: Callable, *arguments):
+    """function(policy, *arguments), so that FSDP2 gathers weights and sees the backward pass."""
+    call = policy.model.call if several() else lambda f, *a: f(*a)
+    return call(function, policy, *arguments)
 
-    def policy_gradient(self, *how) -> tuple[float, Tensor, Tensor]:
-        """The gradient, which FSDP2 takes the mean of, and what all processes say of it."""
-        loss, gaps, moves = zip(*self.gather(self.alone.policy_gradient(*how)))
-        return float(np.mean(loss)), torch.cat(gaps), torch.cat(moves)
 
-    def round_by_chance(self, x: DTensor) -> DTensor:
-        """The same of this process's share of a tensor."""
-        local, split = self.alone.round_by_chance(x.to_local()), (x.device_mesh, x.placements)
-        return DTensor.from_local(local, *split, shape=x.shape, stride=x.stride())
+@contextmanager
+def whole_weights(policy: Policy):
+    """Within, every process has all weights."""
+    shards = [m for m in policy.model.modules() if isinstance(m, fsdp.FSDPModule)]
+    policy.model.set_reshard_after_forward(False)
+    for module in shards:
+        module.unshard()
+    yield
+    for module in shards:
+        module.reshard()
+    policy.model.set_reshard_after_forward(True)
+
+
+def merged(x, N: int):
+    """Of a field of this process's rows, a Part or a Rollout, the same of all N rows.
+
+    Row n is of process n modulo their number; shorter ones are padded at their end."""
+    if isinstance(x, (Part, Rollout)):
+        return type(x)(**{name: merged(value, N) for name, value in vars(x).items()})
+    if not isinstance(x, (list, Tensor)):
+        return x
+    every = gather(x.cpu() if isinstance(x, Tensor) else x)
+    rows = [every[n % len(every)][n // len(every)] for n in range(N)]
+    if isinstance(x, list):
+        return rows
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(x.device)
 
 
 if __name__ == "__main__":
     if "RANK" in os.environ:  # torchrun started this process
-        Torchrun()
-    sys.exit(main())
+        join()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("Stopped at once; a run goes on from its last saved state with --resume")

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import weakref
@@ -504,9 +505,7 @@ def test_no_row_of_an_attention_mask_is_empty(monkeypatch):
     policy.recomputes = False
     loss_masks = len(seen)
     row = {"ctx": "He sat", "endings": ["down", "on a chair", "up and ran away"], "label": "1"}
-    monkeypatch.setattr(softcot, "read_rows", lambda *_: [row])
-    config, _ = softcot.filled(softcot.Config(device="cpu"))
-    softcot.evaluate_choices(policy, "hellaswag", config)
+    softcot.evaluate_choices(policy, "hellaswag", [row])
     assert 0 < rollout_masks < loss_masks < len(seen)
     for mask in seen:
         assert mask.dtype == torch.bool and mask.any(dim=-1).all()
@@ -1461,11 +1460,13 @@ def test_a_problem_that_comes_twice_in_a_step_has_other_noise_the_second_time():
         assert not torch.equal(twice.cot.x[n], twice.cot.x[m])
 
 
-def test_processes_agree_on_rewards_even_if_a_grader_ran_out_of_time():
-    alone = types.SimpleNamespace(rewarded=lambda *how: ("rollout", np.array([[100.0, 10.0]])))
-    of_rank_0 = np.array([[100.0, 100.0]])
-    rank_1 = types.SimpleNamespace(alone=alone, gather=lambda mine: [of_rank_0, mine])
-    assert softcot.Torchrun.rewarded(rank_1, 1, 2) == ("rollout", of_rank_0)
+def test_processes_agree_on_rewards_even_if_a_grader_ran_out_of_time(monkeypatch):
+    """What rank 0 gives is what counts in this process, which found something else."""
+    policy, problem = tiny_policy("llama"), Problem(0, PROMPTS[0], "1", lambda *_: False)
+    monkeypatch.setattr(softcot, "gather", lambda own: [[100.0, 10.0], own])
+    how = (SETTINGS["hard_sample"], 3, 2, 1.0)
+    _, rewards = softcot.rewarded(policy, [problem], 2, (0,), *how)
+    assert rewards.tolist() == [[100.0, 10.0]]
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -1487,10 +1488,10 @@ def test_a_model_that_cannot_be_fed_soft_tokens_is_refused_in_one_line(tmp_path,
     tokenizer = toy_tasks.make_tokenizer()
     size = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, eos_token_id=1)
     config = transformers.MambaConfig(**size, state_size=4, expand=1, pad_token_id=0)
-    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert tiny_run(tmp_path, tmp_path / "out") == 2
-    assert "not an ordinary decoder" in capsys.readouterr().err
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert tiny_run(tmp_path / "model", tmp_path / "out") == 2
+    assert "does not fit soft tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cot", ["soft", "fuzzy", "hard"])
@@ -1678,7 +1679,7 @@ def test_evaluation_figures_equal_a_plain_recount(tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_likelihood_of_choices_equals_a_plain_loop(kind, monkeypatch):
+def test_likelihood_of_choices_equals_a_plain_loop(kind):
     policy = tiny_policy(kind)
     rows = [
         {"ctx": "He sat", "endings": ["down", "on a long bench", "up"], "label": "1"},
@@ -1695,8 +1696,7 @@ def test_likelihood_of_choices_equals_a_plain_loop(kind, monkeypatch):
             losses.append(nn.functional.cross_entropy(logits[len(first) - 1 : -1], target).item())
         right.append(losses[int(row["label"])] == min(losses))
         nll.append(losses[int(row["label"])])
-    monkeypatch.setattr(softcot, "read_rows", lambda *_: rows)
-    scores = softcot.evaluate_choices(policy, "hellaswag", softcot.Config(eval_limit=5))
+    scores = softcot.evaluate_choices(policy, "hellaswag", rows)
     assert scores["nll"] == pytest.approx(np.mean(nll), rel=1e-4)
     assert scores["accuracy"] == np.mean(right) and scores["problems"] == 2
     assert scores["error"]["nll"] == pytest.approx(np.std(nll, ddof=1) / 2**0.5, rel=1e-3)
@@ -2192,6 +2192,264 @@ def test_a_full_disk_is_one_line_and_the_last_saved_state_stays(tiny_folder, tmp
     transformers.AutoModelForCausalLM.from_pretrained(full / "model")  # whole, if of a later step
     assert tiny_run(tiny_folder, full, "--steps", "6", "--threads", "1", "--resume") == 0
     assert_same_outcome(whole, full)
+
+
+# ------------------------------------------------------------------------------------------------
+# What a user may do wrong, or do on another machine
+# ------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    """Every file below a folder, with its bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_command_touches_a_finished_run_unless_it_resumes_it(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert tiny_run(tiny_folder, out, "--steps", "2") == 0
+    before = contents(out)
+    again = ["--model", str(tiny_folder), "--out-dir", str(out), "--steps", "2"]
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    for arguments, says in [
+        (again, "--resume goes on with it, another --out-dir"),
+        ([*again, "--task", "gsm8k", "--data-dir", "nowhere"], "holds a run already"),
+        ([*again, "--prompts", "2", "--samples", "4", "--noise-at", "logits"], "holds a run already"),
+        ([*again[2:], "--model", str(out)], f"did you mean {out}/model"),
+        ([*again[2:], "--model", str(other), "--eval-only"], "of another model"),
+    ]:
+        line = one_line_error(capsys, arguments)
+        assert says in line or "in each other" in line, line
+        assert contents(out) == before
+    for resumed in (["--resume", "--max-cot", "12"], ["--resume", "--data-dir", "nowhere"]):
+        one_line_error(capsys, [*again, *resumed])
+        assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "flags", ["--max-cot 3000", "--task gsm8k --data-dir nowhere", "--eval-tasks toy hellaswag --data-dir no"]
+)
+def test_what_is_refused_leaves_no_folder(flags, tiny_folder, tmp_path, capsys):
+    """All data and lengths are looked at before a file is written."""
+    arguments = ["--model", str(tiny_folder), "--out-dir", str(tmp_path / "new"), *flags.split()]
+    one_line_error(capsys, arguments)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("where", [".", "deeper", ".."])
+@pytest.mark.parametrize("more", [[], ["--eval-only"]])
+def test_a_run_is_never_written_into_the_folder_of_its_model(where, more, tiny_folder, tmp_path, capsys):
+    model = shutil.copytree(tiny_folder, tmp_path / "runs" / "model")
+    before = contents(tmp_path)
+    arguments = ["--model", str(model), "--out-dir", str(model / where), *more]
+    if where != ".." or not more:  # a model may be evaluated in the folder of its run
+        assert "in each other" in one_line_error(capsys, arguments)
+        assert contents(tmp_path) == before
+
+
+def test_records_name_their_model_and_the_run_of_a_model_may_hold_its_evaluation(tiny_folder, tmp_path):
+    assert tiny_run(tiny_folder, tmp_path, "--steps", "1", "--eval-settings", "hard_greedy") == 0
+    more = ("--eval-only", "--eval-settings", "soft_greedy")
+    assert tiny_run(tmp_path / "model", tmp_path, *more) == 0
+    assert tiny_run(tiny_folder, tmp_path, *more) == 0
+    found = [(row["stage"], row["setting"], row["model"]) for row in read_json(tmp_path / "eval.json")]
+    base, trained = str(tiny_folder), str(tmp_path / "model")
+    assert found == [("base", "hard_greedy", base), ("trained", "hard_greedy", base),
+                     ("trained", "soft_greedy", trained), ("base", "soft_greedy", base)]  # fmt: skip
+    assert read_json(tmp_path / "config.json")["eval_only"] is False
+
+
+@pytest.mark.parametrize(
+    "arguments, folder",
+    [
+        ([], "runs/toy-soft-s0"),
+        (["--cot", "hard", "--seed", "3"], "runs/toy-hard-s3"),
+        (["--model", "Qwen/Qwen2.5-0.5B", "--task", "gsm8k"], "runs/gsm8k-Qwen2.5-0.5B-soft-s0"),
+        (["--model", "runs/x/model", "--task", "toy"], "runs/toy-x-soft-s0"),
+        (["--model", "a/b", "--eval-only", "--task", "math500"], "runs/math500-b-eval"),
+    ],
+)
+def test_the_default_folder_names_task_model_mode_and_seed(arguments, folder):
+    assert softcot.filled(softcot.parse(arguments))[0].out_dir == folder
+
+
+def test_an_editor_may_save_softcot_while_it_runs(tmp_path):
+    for name in ("softcot.py", "toy_tasks.py"):
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copytree(HERE / "results", tmp_path / "results", ignore=lambda *_: {"toy"})
+    program = "import softcot; open('softcot.py', 'w').write('?'); print(softcot.GRADER.equal('2', '\\\\frac42'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_a_grader_that_cannot_start_says_why(monkeypatch):
+    monkeypatch.setattr(softcot, "JUDGE", "import nothing_of_the_kind")
+    with pytest.raises(softcot.UserError, match="No module named 'nothing_of_the_kind'"):
+        softcot.Grader().equal("1", "2")
+
+
+@pytest.mark.parametrize("limit", ["raise ValueError", "raise OSError", "raise ImportError"])
+def test_a_grader_works_where_its_memory_can_not_be_limited(limit, monkeypatch):
+    """As on Windows, on macOS, and under a lower limit."""
+    judge = softcot.JUDGE.replace("import resource\n", f"{limit}\n")
+    assert judge != softcot.JUDGE
+    monkeypatch.setattr(softcot, "JUDGE", judge)
+    assert softcot.Grader().equal("0.5", "\\frac12") and not softcot.Grader().equal("0.5", "\\frac13")
+
+
+def test_a_bug_has_a_traceback_and_a_mistake_has_one_where_it_is_asked_for(tiny_folder, tmp_path, monkeypatch):
+    def broken(*_):
+        return undefined_name  # noqa: F821
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softcot, "next_input", broken)
+        with pytest.raises(NameError):
+            tiny_run(tiny_folder, tmp_path / "a", "--steps", "1")
+        patch.setattr(softcot, "before_noise", broken)
+        patch.setattr(softcot, "check_policy", broken)
+        with pytest.raises(NameError):
+            tiny_run(tiny_folder, tmp_path / "b", "--steps", "1")
+    monkeypatch.setenv("SOFTCOT_DEBUG", "1")
+    with pytest.raises(softcot.UserError) as error:
+        softcot.main(["--task", "gsm8k", "--model", str(tmp_path / "nothing")])
+    assert error.value.__cause__ is not None
+
+
+def test_the_program_runs_in_a_thread_as_in_a_server(tiny_folder, tmp_path):
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(tiny_run(tiny_folder, tmp_path / "out", "--steps", "1"))
+    )
+    thread.start()
+    thread.join()
+    assert found == [0]
+
+
+def test_the_program_runs_without_the_modules_of_unix(tmp_path, tiny_folder):
+    """fcntl and resource are not there on Windows; /proc is not there on macOS."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("fcntl", "resource"):
+        (hidden / f"{name}.py").write_text("raise ImportError('not on this machine')")
+    command = command_of(tiny_folder, tmp_path / "out", "--steps", "2", "--task", "mine.jsonl")
+    rows = [{"question": f"3+{i % 5 + 1}=", "answer": "$x^2$"} for i in range(30)]
+    distinct = [row | {"question": f"{i}" + row["question"]} for i, row in enumerate(rows)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in distinct))
+    program = f"""
+import os, sys
+import psutil, transformers.modeling_layers  # which knows these modules where they are
+sys.modules.update(fcntl=None, resource=None)
+os.environ["PYTHONPATH"] = {str(hidden)!r}  # for the grader
+import softcot
+softcot.PROCESS = "/nowhere"
+sys.exit(softcot.main(sys.argv[1:]))"""
+    start = [sys.executable, "-c", program, *command[2:], "--max-cot", "6", "--max-answer", "4"]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "SOFTCOT_DEBUG": "1"}
+    done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert math.isnan(read_lines(tmp_path / "out" / "metrics.jsonl")[1]["train_gib"])
+
+
+def test_the_code_of_a_folder_is_never_run(tiny_folder, tmp_path, capsys):
+    folder = shutil.copytree(tiny_folder, tmp_path / "foreign")
+    config = read_json(folder / "config.json")
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
+    assert "--model" in one_line_error(capsys, ["--model", str(folder), "--out-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "was run").exists()
+
+
+def test_curves_are_drawn_while_a_run_lasts_and_samples_say_what_was_asked(tiny_folder, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        break_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_run(tiny_folder, tmp_path, "--steps", "40")
+    assert (tmp_path / "curves.png").stat().st_size > 10000
+    row = read_lines(tmp_path / "samples.jsonl")[0]
+    terms = row["prompt"].removesuffix("=").split("+")
+    assert len(terms) == 6 and str(sum(map(int, terms))) == row["gold"]
+
+
+def test_a_full_disk_is_foreseen(tiny_folder, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    arguments = ["--model", str(tiny_folder), "--out-dir", str(tmp_path / "out")]
+    assert "GiB" in one_line_error(capsys, arguments) and not (tmp_path / "out").exists()
+
+
+def test_the_state_is_saved_more_seldom_if_that_takes_long(tiny_folder, tmp_path, monkeypatch):
+    saved, real = [], softcot.save_state
+
+    def slow(path, policy, optimizer, schedule, step, best):
+        saved.append(step)
+        time.sleep(0.3)
+        real(path, policy, optimizer, schedule, step, best)
+
+    monkeypatch.setattr(softcot, "save_state", slow)
+    assert tiny_run(tiny_folder, tmp_path, "--steps", "30", "--eval-limit", "0") == 0
+    assert saved[0] == 1 and saved[-1] == 30 and len(saved) < 6
+
+
+def test_what_a_task_fills_in_fits_what_was_asked_for(capsys, tiny_folder):
+    filled = lambda *flags: softcot.filled(softcot.parse(["--device", "cpu", *flags]))[0]
+    real = ("--model", "m", "--task", "gsm8k")
+    assert filled(*real).eval_max_cot == 512 and filled(*real, "--max-cot", "32").eval_max_cot == 32
+    assert filled().threads == 1 and filled(*real).threads == torch.get_num_threads()
+    config = filled("--model", str(tiny_folder), "--prompts", "3000")
+    softcot.load_data(softcot.load_policy(config, str(tiny_folder)), config)
+    assert "1920 problems for --prompts 3000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "without, with_noise, says",
+    [(0.4, 0.39, "too little"), (0.4, 0.3, ""), (0.4, 0.02, ""), (0.4, 0.005, "too much")],
+)
+def test_training_says_what_the_noise_costs(without, with_noise, says):
+    config, _ = softcot.filled(softcot.Config(device="cpu"))
+    figures = {"toy soft_greedy pass@1": without, "toy soft_sample pass@1": with_noise}
+    found = softcot.noise_advice(config, figures)
+    assert (says in found) and bool(found) == bool(says)
+    assert softcot.noise_advice(config, {}) == ""
+
+
+@pytest.mark.parametrize("family, factor", [("Granite", 1 / 8), ("Cohere", 1 / 16)])
+def test_a_factor_behind_the_head_is_found(family, factor, tmp_path):
+    tokenizer = toy_tasks.make_tokenizer()
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0,
+                 initializer_range=0.2, bos_token_id=None)  # fmt: skip
+    scaled = {"Granite": {"logits_scaling": 8.0}, "Cohere": {"logit_scale": 1 / 16}}[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, family + "Config")(**sizes, **scaled)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config, _ = softcot.filled(softcot.Config(model=str(tmp_path), device="cpu"))
+    policy = softcot.load_policy(config, str(tmp_path))
+    assert policy.logit_scale == pytest.approx(factor, rel=1e-4)
+    ids = torch.tensor([[5, 9, 30, 2]])
+    hidden = policy.model.base_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(policy.head(hidden), policy.model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, sizes, says",
+    [
+        ("CTRL", dict(n_embd=32, n_layer=2, n_head=4, dff=48), "which the model changes"),
+        ("Rwkv", dict(hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), "hidden states"),
+        ("OpenAIGPT", dict(n_embd=32, n_layer=2, n_head=4), "(The size of"),
+        ("Mpt", dict(d_model=32, n_layers=2, n_heads=4), "("),
+        ("Bloom", dict(hidden_size=32, n_layer=2, n_head=4), "("),
+    ],
+)
+def test_a_model_that_would_be_trained_wrongly_is_refused(family, sizes, says, tmp_path, capsys):
+    tokenizer = toy_tasks.make_tokenizer()
+    torch.manual_seed(0)
+    ids = dict(vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0, initializer_range=0.3)
+    config = getattr(transformers, family + "Config")(**sizes, **ids)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    line = one_line_error(capsys, ["--model", str(tmp_path), "--task", "toy"], progress=True)
+    assert "does not fit soft tokens" in line and says in line
 
 
 # ------------------------------------------------------------------------------------------------

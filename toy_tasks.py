@@ -26,7 +26,6 @@ embeddings in pretraining, and embeddings that are small beside its other weight
 has one size for all weights, so small ones learn most from the noise put on them).
 """
 
-import fcntl
 import itertools
 import math
 import os
@@ -39,6 +38,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 TERMS = 6  # numbers in a sum
 LARGEST = {"toy": 5, "toy-large": 8, "toy-round": 5}  # of these numbers
@@ -250,7 +254,8 @@ def base_model(folder: Path) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one pretrains, the others wait
+        if fcntl:  # one pretrains, the others wait; where it is missing, all pretrain the same
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "config.json").exists():
             model, tokenizer = pretrain()
             part = folder.with_suffix(".part")

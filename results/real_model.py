@@ -124,7 +124,7 @@ def distance(base: Policy, policy: Policy, texts: list[str]) -> float:
 
 def evaluation(policy: Policy, base: Policy, config: Config, given) -> dict:
     """Everything that is said of a checkpoint."""
-    wide = dataclasses.replace(config, prompts=max(1, ROWS // config.samples), eval_limit=given.choices)
+    wide = dataclasses.replace(config, prompts=max(1, ROWS // config.samples))
     problems = softcot.load_problems(config, config.task, "test")[: given.problems]
     problems = softcot.fitting(policy, problems, config)
     scores = {}
@@ -134,7 +134,8 @@ def evaluation(policy: Policy, base: Policy, config: Config, given) -> dict:
         scores[name]["correct"] = found["correct"]
     choice = "toy-walk" if config.task == "toy" else "hellaswag"
     if given.choices:
-        scores[choice] = softcot.evaluate_choices(policy, choice, wide)
+        rows = softcot.read_rows(config, choice, softcot.CHOICES[choice][1])[: given.choices]
+        scores[choice] = softcot.evaluate_choices(policy, choice, rows)
     scores["kl"] = distance(base, policy, solutions(config))
     return scores
 
