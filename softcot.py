@@ -24,6 +24,8 @@ logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
 Where the paper is silent or ambiguous, and where this differs from it: see the README.
 """
 
+from __future__ import annotations
+
 import argparse, concurrent.futures, dataclasses, datetime, gc, hashlib, itertools, json, math, os
 import re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time, typing
 from contextlib import contextmanager
@@ -48,55 +50,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import toy_tasks
 from results.show import COLORS, plot_curves, plot_pass_at_k  # noqa: F401
 
-MAX_GRAD_NORM = 1.0
-BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
-CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
-WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory
-LOGS = ("metrics.jsonl", "samples.jsonl")  # lines of steps, in --out-dir
-CHECKPOINTS = 20  # validations in a run, at least, if it has as many steps
-PROCESS = "/proc/self"  # where Linux tells the memory of this process
-WINDOW = 0.01, 0.85  # of the base's success with noise: at least; at most, in units of that without
-MAY_CHANGE = "eval_tasks eval_settings eval_k micro_batch gradient_checkpointing threads device"
-
-
-class UserError(Exception):
-    """A mistake of the caller's; main() prints its one line of explanation, not a traceback."""
-
-
-class Stopped(Exception):
-    """SIGINT or SIGTERM came, and what had been done by then is saved."""
-
-
-SIGNALS = []  # SIGINT and SIGTERM that came while noted_signals() was at work
-
-
-@contextmanager
-def noted_signals():
-    """Within, SIGINT and SIGTERM are only noted, for stopping(); a second one stops at once.
-
-    Does nothing outside of the main thread, where signals do not come."""
-    def note(number, _):
-        SIGNALS.append(number)
-        # torchrun hands each signal on more than once: there the second one is not the user's
-        signal.signal(number, signal.SIG_IGN if several() else signal.default_int_handler)
-
-    SIGNALS.clear()
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def stopping() -> bool:
-    """Whether a signal came to any process; asked after each step and batch of evaluation."""
-    return any(gather(bool(SIGNALS)))
-
 
 # ---- 1. Settings: three ways to think, six ways to run a model ----------------------------------
+# Every mode of training and of inference is a row of one table, which rollout, loss and evaluation
+# read.
+
 @dataclass(frozen=True)
 class Setting:
     """How the CoT's next input is made from the logits."""
@@ -122,602 +80,10 @@ SETTINGS = {  # training samples with "<cot>_sample" and validates with "<cot>_g
 }
 
 
-def settings_of(config: "Config") -> dict[str, Setting]:
-    """The table above; --tau, --sigma-scale and --noise-at change the rows of the mode --cot."""
-    cot, tau, noise = config.cot, config.tau, (config.sigma_scale or 0.0, config.noise_at)
-    greedy = Setting(cot, 0.0 if cot == "hard" else tau, 0.0)
-    return SETTINGS | {f"{cot}_greedy": greedy, f"{cot}_sample": Setting(cot, tau, *noise)}
+# ---- 2. Soft tokens: mixture, noise, densities --------------------------------------------------
+# The method itself: how the next input of a chain of thought is made from the logits, and the
+# density that it is drawn from. All are functions of tensors; none knows of models or files.
 
-
-# ---- 2. Config: one flag a field ----------------------------------------------------------------
-def option(default, text: str):
-    """A Config field with the help text that --help prints."""
-    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**how, metadata={"help": text})
-
-
-def require(ok: bool, message: str) -> None:
-    """Raise UserError(message) unless ok."""
-    if not ok:
-        raise UserError(message)
-
-
-@contextmanager
-def explained(errors, message: str):
-    """Turn one of these errors, which a user can cause, into UserError(message (its first line))."""
-    try:
-        yield
-    except errors as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{message} ({reason})") from error
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that a run depends on; None stands for the default of the task or mode."""
-
-    model: Optional[str] = option(None, "hub id or folder of a causal LM (default: toy)")
-    task: str = option("toy", "toy | gsm8k | math | deepscaler | FILE.jsonl with question, answer")
-    cot: Literal["soft", "fuzzy", "hard"] = option("soft", "what the CoT is made of in training")
-    steps: Optional[int] = option(None, "gradient steps, one rollout each")
-    prompts: Optional[int] = option(None, "B: prompts a step")
-    samples: Optional[int] = option(None, "G: samples of each prompt")
-    max_cot: Optional[int] = option(None, "longest CoT in tokens, in training")
-    max_answer: Optional[int] = option(None, "longest answer in tokens")
-    eval_max_cot: Optional[int] = option(None, "longest CoT in tokens, in evaluation")
-    lr: Optional[float] = option(None, "peak learning rate of AdamW")
-    warmup: int = option(20, "steps of linear warm-up before the cosine decay")
-    tau: Optional[float] = option(None, "temperature of the CoT's token distribution")
-    sigma_scale: Optional[float] = option(None, "noise, in units of the RMS of what it is added to")
-    noise_at: Literal["embedding", "hidden", "logits", "topk-logits"] = option(
-        "embedding", "what the noise is added to; all but embedding are ablations")
-    seed: int = option(0, "seed of data order, noise and sampling")
-    out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-MODEL-COT-sSEED)")
-    data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
-    resume: bool = option(False, "continue the run in --out-dir from its last saved state")
-    eval_only: bool = option(False, "evaluate --model, train nothing")
-    eval_tasks: list[str] = option([], "also math500 olympiadbench hellaswag mmlu arc")
-    eval_settings: list[str] = option(list(SETTINGS), f"some of: {' '.join(SETTINGS)}")
-    eval_k: Optional[int] = option(None, "k: samples a problem in evaluation, for pass@k")
-    eval_limit: Optional[int] = option(None, "test problems to evaluate; 0 skips all evaluation")
-    micro_batch: Optional[int] = option(
-        None, "tokens in one backward pass (default: as many as the memory has room for)")
-    gradient_checkpointing: bool = option(False, "run layers again in the backward pass: memory")
-    dtype: Optional[Literal["fp32", "bf16-mixed", "bf16"]] = option(
-        None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic")
-    device: Optional[str] = option(None, "cuda, mps or cpu (default: the first that is there)")
-    threads: Optional[int] = option(None, "CPU threads (default: 1 for the toy, else PyTorch's)")
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if type(value) is int:
-                low = {"samples": 2, "warmup": 0, "seed": 0, "eval_limit": 0}.get(name, 1)
-                require(value >= low, f"{flag(name)} {value} is too small: give {low} or more")
-            if type(value) is float:
-                require(0 < value < math.inf, f"{flag(name)} {value}: give a positive number")
-        tasks = [*TASKS, "FILE.jsonl"]
-        for where, names, choices in [("--task", [self.task], tasks),
-                                      ("--eval-tasks", self.eval_tasks, [*tasks, *CHOICES]),
-                                      ("--eval-settings", self.eval_settings, [*SETTINGS])]:
-            for name in names:
-                ok = name in choices or name.endswith(".jsonl") and "FILE.jsonl" in choices
-                require(ok, f"{where} {name} is unknown: choose from {', '.join(choices)}")
-        mistakes = {  # what to say: whether it is so
-            f"--task {self.task} has no training problems: add --eval-only, or name another task":
-                not self.eval_only and not task_named(self.task).train,
-            "--sigma-scale and --noise-at have no use with --cot hard: leave them out":
-                self.cot == "hard" and (self.sigma_scale or self.noise_at != "embedding"),
-            f"--task {self.task} needs a pretrained model: add --model, a hub id or a folder":
-                self.task != "toy" and self.model is None,
-            "--resume continues training, --eval-only trains nothing: leave one out":
-                self.eval_only and self.resume,
-            "--eval-limit 0 skips all evaluation, --eval-only does nothing else: leave one out":
-                self.eval_only and self.eval_limit == 0,
-        }  # fmt: skip
-        for message, made in mistakes.items():
-            require(not made, message)
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a Config field."""
-    return "--" + name.replace("_", "-")
-
-
-def filled(config: Config) -> tuple[Config, str]:
-    """Config with the defaults of task, mode and machine for None, and a line that tells them."""
-    task = task_named(config.task)
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = config.device or next(name for name, there in here.items() if there)
-    with explained((RuntimeError, AssertionError), f"--device {device} can't be used here"):
-        torch.empty(0, device=device)
-    slow = f"--dtype {config.dtype}: this GPU has no bf16; leave it out, fp32 is taken then"
-    emulated = device.startswith("cuda") and "bf16" in str(config.dtype) and not has_bf16(device)
-    require(not emulated, slow)
-    mode = SETTINGS[f"{config.cot}_sample"]
-    defaults = {
-        **task.defaults,
-        **{"lr": lr for name, lr in PAPER_LR.items() if name in (config.model or "").lower()},
-        "tau": task.fuzzy_tau if config.cot == "fuzzy" else mode.tau,
-        "sigma_scale": mode.noise or None,
-        "eval_tasks": [task.test_on or config.task],
-        "out_dir": default_folder(config),
-        "device": device,
-        "dtype": "bf16-mixed" if has_bf16(device) else "fp32",
-        # threads wait for each other: on a busy machine two are slower than one for so small a model
-        "threads": 1 if config.model is None else torch.get_num_threads(),
-    }
-    if config.max_cot is not None:
-        defaults["eval_max_cot"] = config.max_cot
-    new = {k: v for k, v in defaults.items() if getattr(config, k) in (None, []) and v is not None}
-    words = (f"{flag(k)} {' '.join(v) if isinstance(v, list) else v}" for k, v in new.items())
-    return dataclasses.replace(config, **new), f"filled in: {' '.join(words)}"
-
-
-def default_folder(config: Config) -> str:
-    """runs/TASK-MODEL-COT-sSEED, or runs/TASK-MODEL-eval; the toy has no model's name."""
-    path = Path(config.model or "")
-    model = path.parent.name if path.name == "model" else path.name
-    end = "eval" if config.eval_only else f"{config.cot}-s{config.seed}"
-    return "runs/" + "-".join(part for part in (Path(config.task).stem, model, end) if part)
-
-
-# ---- 3. Tasks, answers, rewards -----------------------------------------------------------------
-STOP = "The final answer is: "  # ends the CoT
-BOX = "\\boxed{"  # opens the answer
-
-PROMPT = (  # zero-shot, the same for every model; QUESTION is replaced
-    "A conversation between a user and an assistant. The user asks a question, and the assistant"
-    " thinks it through step by step and then gives the answer. The assistant always ends with:"
-    f" {STOP}{BOX}[answer]}}.\nUser: QUESTION\nAssistant:"
-)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question as the model sees it, and the answer that is right."""
-
-    id: int
-    prompt: str
-    gold: str
-    equal: Callable[[str, str], bool]  # whether an answer equals a gold answer
-
-
-@dataclass(frozen=True)
-class Task:
-    """Where questions come from, what the gold answer is, how answers compare, and the defaults."""
-
-    hub: tuple[str, ...]  # data set and its configurations on the Hugging Face hub
-    train: Optional[str]  # the hub's name of the split to train on; None: only for evaluation
-    test: Optional[str]  # the same for testing; None: problems are held out of train
-    gold: Callable[[dict], str]
-    defaults: dict  # of Config's fields
-    equal: Callable[[str, str], bool]
-    prompt: str = PROMPT
-    test_on: Optional[str] = None  # the task whose test problems are meant, if not its own
-    fuzzy_tau: float = SETTINGS["fuzzy_sample"].tau  # the toy learns more surely at 0.1
-
-
-PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
-PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32}
-PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512, "eval_limit": 128}
-
-
-def parse_number(text: str) -> Optional[float]:
-    """The number that an answer states, or None: `\\$1,200.00` -> 1200.0, `18 apples` -> 18.0."""
-    text = re.sub(r"(?<=[0-9])(,|\{,\}|\\!|,\\!)(?=[0-9]{3})", "", text).replace("\u2212", "-")
-    found = re.findall(r"[-+]?\$?(?:[0-9]+\.?[0-9]*|\.[0-9]+)", text.replace("\\$", "$"))
-    return float(found[0].replace("$", "")) if len(found) == 1 else None
-
-
-def same_number(answer: str, gold: str) -> bool:
-    """Whether two answers state the same number."""
-    a, b = parse_number(answer), parse_number(gold)
-    return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
-
-
-JUDGE = r"""
-import json, sys
-from math_verify import parse, verify
-
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes; 9^9^9^9 wants more
-except (ImportError, ValueError, OSError):
-    pass  # Windows has no such limit, macOS refuses it
-print("ready", flush=True)
-for line in sys.stdin:
-    try:
-        answer, gold = json.loads(line)
-        gold, _, tolerance = gold.partition(" within ")
-        a, g = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in (answer, gold))
-        equal = verify(g, a, timeout_seconds=None)
-        if tolerance and not equal:
-            equal = abs(float(a[0]) - float(g[0])) <= float(tolerance) * (1 + 1e-9)
-    except Exception:  # what cannot be read is not the answer
-        equal = False
-    print(json.dumps(bool(equal)), flush=True)
-"""  # a program of its own: for each line [answer, gold] it prints whether they are equal
-
-
-class Grader:
-    """Math-Verify in a process that is killed when it takes too long: no answer can hang a run."""
-
-    limit, timeouts, process = 5.0, 0, None  # limit: seconds that one comparison may take
-
-    def equal(self, answer: str, gold: str) -> bool:
-        """Whether two LaTeX answers are equal; False, and counted, if that takes too long."""
-        answer, gold = (text.strip().removesuffix(".") for text in (answer, gold))
-        if answer == gold:
-            return True
-        if self.process is None or self.process.poll() is not None:
-            self.start()
-        self.process.stdin.write(json.dumps([answer, gold]) + "\n")
-        self.process.stdin.flush()
-        try:
-            verdict = self.reader.submit(self.process.stdout.readline).result(self.limit)
-        except concurrent.futures.TimeoutError:
-            verdict = ""
-        if not verdict:  # too slow, or dead
-            self.process.kill()
-            self.process.wait()
-            self.process, self.timeouts = None, self.timeouts + 1
-        return verdict == "true\n"
-
-    def start(self) -> None:
-        """Start the process; UserError with its own last words if it can't."""
-        self.reader = concurrent.futures.ThreadPoolExecutor(1)  # Windows can't wait for a pipe
-        errors = tempfile.TemporaryFile()
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-        command = [sys.executable, "-c", JUDGE]
-        # a session of its own: Ctrl-C is for the run, not for the grader
-        self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
-        if not self.process.stdout.readline():
-            errors.seek(0)
-            last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"the grader can't start: {last}; try pip install -r requirements.txt")
-
-
-GRADER = Grader()
-
-
-def boxed(text: str) -> Optional[str]:
-    """What stands in a box whose `\\boxed{` was just opened, or None while it is still open."""
-    depth, escaped = 1, False
-    for i, char in enumerate(text):
-        depth += 0 if escaped else (char == "{") - (char == "}")
-        escaped = char == "\\" and not escaped
-        if depth == 0:
-            return text[:i]
-    return None
-
-
-def reward(answer: str, gold: str, equal: Callable[[str, str], bool]) -> float:
-    """100 for the right answer, 10 for a wrong one, if it closes its box; else 0."""
-    inside = boxed(answer)
-    return 0.0 if inside is None else 100.0 if equal(inside, gold) else 10.0
-
-
-def plain_gold(row: dict) -> str:
-    """The gold answer in the field `answer`; in GSM8K it follows a worked solution and `####`."""
-    return "" if row["answer"] is None else str(row["answer"]).split("####")[-1].strip()
-
-
-def math_gold(row: dict) -> str:
-    """The gold answer of MATH: the field `answer`, or the last box of the field `solution`."""
-    if "answer" in row:
-        return plain_gold(row)
-    _, found, after = row["solution"].rpartition(BOX)
-    return (boxed(after) or "").strip() if found else ""
-
-
-def olympiad_gold(row: dict) -> str:
-    """OlympiadBench's gold answer: `$69$,$84$` -> `69,84`; one has an error: `4.2 within 1e-1`."""
-    answers = row["final_answer"] if "final_answer" in row else row["answer"]
-    tolerance = f" within {row['error']}" if row.get("error") else ""
-    return ",".join(answers).replace("$", "").strip() + tolerance
-
-
-VALIDATION = 128  # problems held out of a training split to choose the checkpoint
-SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory"
-SUBJECTS += " prealgebra precalculus"
-SHORT, LONG = PAPER_STEP | {"max_cot": 128}, PAPER_STEP | {"max_cot": 512}
-TOY = plain_gold, toy_tasks.DEFAULTS, same_number, "QUESTION"
-
-TASKS = {
-    "toy": Task((), "train", "test", *TOY, fuzzy_tau=0.1),
-    "toy-large": Task((), None, "test", *TOY),
-    "toy-round": Task((), None, "test", *TOY),
-    "gsm8k": Task(("openai/gsm8k", "main"), "train", "test", plain_gold, SHORT, same_number),
-    "math": Task(("EleutherAI/hendrycks_math", *SUBJECTS.split()), "train", "test", math_gold, LONG,
-                 GRADER.equal, test_on="math500"),
-    "deepscaler": Task(("agentica-org/DeepScaleR-Preview-Dataset",), "train", None, plain_gold,
-                       LONG, GRADER.equal, test_on="math500"),
-    "math500": Task(("HuggingFaceH4/MATH-500",), None, "test", plain_gold, LONG, GRADER.equal),
-    "olympiadbench": Task(("Hothan/OlympiadBench", "OE_TO_maths_en_COMP"), None, "train",
-                          olympiad_gold, LONG, GRADER.equal),
-}  # fmt: skip
-
-CHOICES = {  # multiple choice: name on the hub, split, a row's question, options, right index
-    "toy-walk": ((), "test", lambda row: (row["question"], row["options"], row["answer"])),
-    "hellaswag": (("Rowan/hellaswag",), "validation", lambda row: (
-        row["ctx"], [" " + text for text in row["endings"]], int(row["label"]))),
-    "mmlu": (("cais/mmlu", "all"), "test", lambda row: (
-        f"Question: {row['question']}\nAnswer:", [" " + text for text in row["choices"]],
-        int(row["answer"]))),
-    "arc": (("allenai/ai2_arc", "ARC-Challenge"), "test", lambda row: (
-        f"Question: {row['question']}\nAnswer:", [" " + text for text in row["choices"]["text"]],
-        row["choices"]["label"].index(row["answerKey"]))),
-}  # fmt: skip
-
-
-def task_named(name: str) -> Task:
-    """A task of the table, or that of the user's own .jsonl file."""
-    return TASKS.get(name) or Task((), "train", None, plain_gold, SHORT, GRADER.equal)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a .jsonl file; UserError names the line that is not one."""
-    require(path.is_file(), f"there is no file {path}")
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            with explained((ValueError, RecursionError), f"{path} line {number} is not JSON"):
-                rows.append(json.loads(line))
-            require(isinstance(rows[-1], dict), f"{path} line {number} is not a JSON object")
-    return rows
-
-
-def read_rows(config: Config, name: str, split: str) -> list[dict]:
-    """The rows of a task's "train" or "test" split: toy, own file, --data-dir, or the hub."""
-    if name.endswith(".jsonl"):
-        return read_jsonl(Path(name))
-    if name.startswith("toy"):
-        return toy_tasks.rows(name, split)
-    if config.data_dir:
-        return read_jsonl(Path(config.data_dir) / name / f"{split}.jsonl")
-    import datasets  # only here: the toy and local files do without it
-    task = TASKS.get(name)
-    (hub, *parts), hub_split, *_ = (task.hub, getattr(task, split)) if task else CHOICES[name]
-    advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
-    errors = (OSError, ValueError, ImportError)
-    with explained(errors, f"{name}: could not load {hub} from the hub; {advice}"):
-        loaded = [datasets.load_dataset(hub, part, split=hub_split) for part in parts or [None]]
-    return [row for rows in loaded for row in rows]
-
-
-def load_problems(config: Config, name: str, split: str) -> list[Problem]:
-    """The "train", "validation" or "test" problems of a task; says how many, and how many it skips.
-
-    Validation problems (and test problems, where the task has no test split) are held out of the
-    training split, always the same. Repeated questions and rows without an answer are skipped."""
-    task = task_named(name)
-    whole = "test" if split == "test" and task.test else "train"
-    rows, problems, seen, answerless = read_rows(config, name, whole), [], set(), 0
-    for i, row in enumerate(rows):
-        where = f"{name} {whole}: row {i + 1}"
-        question = row.get("problem", row.get("question"))
-        require(isinstance(question, str), f"{where} has no text in a field problem or question")
-        errors = (KeyError, TypeError, AttributeError, UnicodeError)
-        with explained(errors, f"{where} has no readable answer or text"):
-            gold = task.gold(row)
-            (question + gold).encode()
-        if gold and question not in seen:
-            prompt = task.prompt.replace("QUESTION", question)
-            problems.append(Problem(i, prompt, gold, task.equal))
-        answerless += not gold
-        seen.add(question)
-    skipped = f"{answerless} without an answer, {len(rows) - len(seen)} repeated"
-    if whole == "train":
-        order = np.random.default_rng(0).permutation(len(problems))
-        few = min(VALIDATION, max(1, len(problems) // 10))
-        first = few if task.test else 2 * few  # where training problems begin
-        parts = {"validation": order[:few], "test": order[few:first], "train": order[first:]}
-        problems = [problems[i] for i in parts[split]]
-    require(problems, f"{name}: the {split} split is empty")
-    print(f"{name} {split}: {len(problems)} problems of {len(rows)} rows; skipped: {skipped}")
-    return problems
-
-
-# ---- 4. Policy: a causal language model and its tokenizer ---------------------------------------
-@dataclass(eq=False)
-class Policy:
-    """A decoder-only model of `transformers`, its tokenizer, and how it computes."""
-
-    model: transformers.PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
-    mixed: bool = False  # bf16 arithmetic on fp32 weights
-    recomputes: bool = False  # the backward pass runs each layer again: see load_policy()
-    logit_scale: float = 1.0  # what the model multiplies its head's output by (Granite, Cohere)
-    engine: Optional["Engine"] = None  # that of the last rollout, for the next one
-
-    def arithmetic(self):
-        """The context in which rollout and loss both run the model.
-
-        Weights that were cast are kept for the backward pass; sampling has a copy of its own."""
-        keep = torch.is_grad_enabled()
-        return torch.autocast(self.model.device.type, torch.bfloat16, self.mixed, keep)
-
-    def embeddings(self) -> Tensor:
-        """E [V, D], with gradient: the embeddings as the model computes them from token ids.
-
-        Usually the weight itself; a subclass of nn.Embedding may scale it (Gemma), so call that."""
-        embed = self.model.get_input_embeddings()
-        if type(embed) is nn.Embedding:
-            return embed.weight
-        return embed(torch.arange(embed.num_embeddings, device=self.model.device))
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of last hidden states [..., H]; some models (Gemma 2) bound them."""
-        output = self.model.get_output_embeddings()
-        fp32 = {name: w.float() for name, w in output.named_parameters()}  # bf16: 20, then 20.125
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.logit_scale * torch.func.functional_call(output, fp32, hidden.float())
-        bound = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return bound * torch.tanh(logits / bound) if bound else logits
-
-    def attention(self, real: Tensor, columns: Tensor) -> tuple:
-        """What columns [C] of the L of real [N, L] attend to, themselves and what is before them.
-
-        Returns the mask [N, 1, C, L], where layers differ one for each kind of layer, and positions
-        [N, C], which count real tokens."""
-        config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        seen = real[:, None] & (torch.arange(real.shape[1], device=real.device) <= columns[:, None])
-        positions = seen.sum(2) - 1  # [N, C]
-        masks = {"full_attention": seen, "sliding_attention": seen}
-        if window:
-            age = positions[:, :, None] - (real.cumsum(1) - 1)[:, None]  # [N, C, L]
-            masks["sliding_attention"] = seen & (age < window)
-        every = "sliding_attention" if window else "full_attention"
-        kinds = set(getattr(config, "layer_types", None) or [every])
-        masks = {kind: masks[kind][:, None] for kind in kinds}
-        if config._attn_implementation == "eager":  # which adds its mask to the logits
-            masks = {kind: torch.where(m, 0.0, -1e9) for kind, m in masks.items()}
-        return masks if len(masks) > 1 else masks.popitem()[1], positions
-
-    def run(self, x: Tensor, real: Tensor, columns: Tensor, cache=None, weights=None) -> Tensor:
-        """Last hidden states [N, C, H] of columns [C] of the L of real [N, L], fed x [N, C, D].
-
-        cache: keys and values of other columns, to which those of these are added. weights: in
-        place of the model's own of that name."""
-        mask, positions = self.attention(real, columns)
-        inputs = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions)
-        inputs |= dict(past_key_values=cache, use_cache=cache is not None)
-        model = self.model.base_model
-        if weights:
-            return torch.func.functional_call(model, weights, (), inputs).last_hidden_state
-        return model(**inputs).last_hidden_state
-
-    @cached_property
-    def ends(self) -> set[int]:
-        """The tokens that end a text: some models have several."""
-        ids = self.model.generation_config.eos_token_id
-        return {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
-
-    def tokenize(self, texts: list[str], special=True) -> tuple[Tensor, Tensor]:
-        """Padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
-        how = dict(padding=True, padding_side="right", return_tensors="pt")
-        batch = self.tokenizer(texts, add_special_tokens=special, **how).to(self.model.device)
-        return batch.input_ids, batch.attention_mask.bool()
-
-    @cached_property
-    def piece(self) -> Callable[[int], str]:
-        """A function: the text that a token id adds to what stands before it."""
-        # Twice less once, as decode() may drop the leading space of the first token.
-        return cache(lambda token: self.decode([token] * 2)[len(self.decode([token])) :])
-
-    def decode(self, ids) -> str:
-        """Text of token ids, without special tokens."""
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(ids, **how)
-
-
-def few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
-    """What nn.Linear computes, as (W x^T)^T: on a CPU up to twice as fast for a few dozen rows."""
-    if torch.is_grad_enabled() or x[..., 0].numel() > 64:
-        return nn.functional.linear(x, linear.weight, linear.bias)
-    y = (linear.weight @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], len(linear.weight))
-    return y if linear.bias is None else y + linear.bias.to(y.dtype)
-
-
-def use_gpu_well(device: str) -> None:
-    """On a CUDA GPU: TF32 for what is fp32, and an attention whose gradient can be relied on."""
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # 10 bits of mantissa: enough, and fast
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN: pytorch#196678
-
-
-def has_bf16(device: str) -> bool:
-    """Whether a CUDA GPU computes in bf16 itself (a T4 or V100 only pretends to)."""
-    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-
-
-def load_policy(config: Config, source: str) -> Policy:
-    """The policy in a folder or on the hub; UserError says what is missing."""
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    advice = "give a hub id, or a folder with config.json, weights and tokenizer"
-    hint = f"--model {source} is the folder of a run: did you mean {source}/model"
-    require(not (Path(source) / "model" / "config.json").exists(), hint)
-    with explained(LOADING, f"--model {source}: could not be loaded; {advice}"):
-        how = {"trust_remote_code": False}  # a folder's own code is never run
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left", **how)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **how)
-    require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
-    added, V = tokenizer.added_tokens_decoder, model.get_input_embeddings().num_embeddings
-    others = sum(id >= V and token.special for id, token in added.items())  # images, say: not text
-    require(len(tokenizer) - others <= V, f"--model {source}: its tokenizer is larger than it")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    use_gpu_well(config.device)
-    for module in model.modules():
-        if type(module) is nn.Linear and config.device == "cpu":
-            module.forward = partial(few_rows, module)
-        if isinstance(module, GradientCheckpointingLayer) and config.gradient_checkpointing:
-            module.forward = partial(recompute, module.forward, use_reentrant=False)
-    how = (config.dtype == "bf16-mixed", config.gradient_checkpointing)
-    policy = Policy(model.to(config.device).eval(), tokenizer, *how)
-    unfit = f"--model {source} does not fit soft tokens; SOFTCOT_DEBUG=1 shows where"
-    with explained((*LOADING, TypeError, AttributeError, AssertionError), unfit):
-        rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
-        check_policy(policy, rounding.get(config.dtype, 1e-1))
-    forget_engine(policy)
-    return shard(policy, config) if several() else policy
-
-
-@torch.no_grad()
-def check_policy(policy: Policy, close: float) -> None:
-    """Does the model compute what the method needs? AssertionError names what does not.
-
-    Embeddings must say all that the model reads of a token; and mixtures of them, fed through the
-    engine in two parts to two rows, one of which has a gap, must give what a plain pass over the
-    row without its gap gives. Finds the factor that some models put behind their head."""
-    def alike(found, expected, what: str) -> None:
-        error = (found.float() - expected.float()).abs().max().item()
-        largest = expected.float().abs().max().item()
-        assert error <= close * largest, f"{what} differ by {error:.2g} of {largest:.2g}"
-
-    with policy.arithmetic():
-        E, model = policy.embeddings(), policy.model
-        ids = torch.arange(5, device=E.device)[None] % len(E)
-        words = model(ids, use_cache=False).logits
-        alike(model(inputs_embeds=E[ids], use_cache=False).logits, words, "logits of embeddings")
-        p = draw(row_seeds([(0,), (1,)]).to(E.device), 0, 5, 0)[0][..., None]  # [2, 5, 1]
-        x = p.to(E.dtype) * E[ids] + (1 - p).to(E.dtype) * E[ids + 1]  # [2, 5, D]
-        before, real = x.clone(), torch.ones(2, 5, dtype=torch.bool, device=E.device)
-        real[1, 2] = False
-        engine = Engine(policy, 2, 5, 1)
-        engine.restart()
-        engine.reserve(5)
-        hidden = torch.cat([engine.feed(x[:, :3], real[:, :3]), engine.feed(x[:, 3:], real[:, 3:])], 1)
-        alike(x, before, "inputs, which the model changes: they")
-        for row in (0, 1):
-            kept = x[row, real[row]][None]
-            plain = model.base_model(inputs_embeds=kept, use_cache=False).last_hidden_state[0]
-            alike(hidden[row, real[row]], plain, "hidden states")
-        logits, head = model(inputs_embeds=kept, use_cache=False).logits[0], policy.head(plain)
-        require(head.shape == logits.shape, "its head gives another number of logits")
-        factor = ((logits.float() * head).sum() / head.square().sum()).item()
-        policy.logit_scale = factor if abs(factor - 1) > close else 1.0
-        alike(policy.head(plain), logits, "logits")
-
-
-def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Problem]:
-    """The problems that leave room in the model's context for CoT and answer; tells the others."""
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", math.inf)
-    more = max(config.max_cot, config.eval_max_cot) + config.max_answer
-    more += len(policy.tokenizer(STOP + BOX).input_ids)
-    fits = [p for p in problems if len(policy.tokenizer(p.prompt).input_ids) + more <= context]
-    why = f"prompt, CoT and answer do not fit into the model's context of {context} tokens"
-    require(fits, f"{why}: lower --max-cot, --eval-max-cot or --max-answer")
-    if len(fits) < len(problems):
-        print(f"{len(problems) - len(fits)} problems skipped: {why}")
-    return fits
-
-
-# ---- 5. Soft tokens: mixture, noise, densities --------------------------------------------------
 def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
     """h = p E with p = softmax(logits / tau): the mean embedding under p   (eqs 3, 5).
 
@@ -870,16 +236,124 @@ def draw(seeds: Tensor, T: int, A: int, K: int) -> tuple[Tensor, Tensor]:
     return u, torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[..., :K]
 
 
-# ---- 6. Engine: rows that grow column by column, at fixed addresses -----------------------------
-LOOK = {"cpu": 1, "cuda": 16}  # positions between two looks at the text
-BLOCK = {"cpu": 32, "cuda": 128}  # columns in use are a multiple of it
-SMALLEST = {"cpu": 1, "cuda": 64}  # a batch of so few rows is not halved: it would not be faster
+# ---- 3. The model -------------------------------------------------------------------------------
+# A causal language model and its tokenizer: its embeddings E, its head, and what each column may
+# attend to. How it is loaded and checked stands further down.
+
+@dataclass(eq=False)
+class Policy:
+    """A decoder-only model of `transformers`, its tokenizer, and how it computes."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    mixed: bool = False  # bf16 arithmetic on fp32 weights
+    recomputes: bool = False  # the backward pass runs each layer again: see load_policy()
+    logit_scale: float = 1.0  # what the model multiplies its head's output by (Granite, Cohere)
+    engine: Optional[Engine] = None  # that of the last rollout, for the next one
+
+    def arithmetic(self):
+        """The context in which rollout and loss both run the model.
+
+        Weights that were cast are kept for the backward pass; sampling has a copy of its own."""
+        keep = torch.is_grad_enabled()
+        return torch.autocast(self.model.device.type, torch.bfloat16, self.mixed, keep)
+
+    def embeddings(self) -> Tensor:
+        """E [V, D], with gradient: the embeddings as the model computes them from token ids.
+
+        Usually the weight itself; a subclass of nn.Embedding may scale it (Gemma), so call that."""
+        embed = self.model.get_input_embeddings()
+        if type(embed) is nn.Embedding:
+            return embed.weight
+        return embed(torch.arange(embed.num_embeddings, device=self.model.device))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of last hidden states [..., H]; some models (Gemma 2) bound them."""
+        output = self.model.get_output_embeddings()
+        fp32 = {name: w.float() for name, w in output.named_parameters()}  # bf16: 20, then 20.125
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.logit_scale * torch.func.functional_call(output, fp32, hidden.float())
+        bound = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return bound * torch.tanh(logits / bound) if bound else logits
+
+    def attention(self, real: Tensor, columns: Tensor) -> tuple:
+        """What columns [C] of the L of real [N, L] attend to, themselves and what is before them.
+
+        Returns the mask [N, 1, C, L], where layers differ one for each kind of layer, and positions
+        [N, C], which count real tokens."""
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        seen = real[:, None] & (torch.arange(real.shape[1], device=real.device) <= columns[:, None])
+        positions = seen.sum(2) - 1  # [N, C]
+        masks = {"full_attention": seen, "sliding_attention": seen}
+        if window:
+            age = positions[:, :, None] - (real.cumsum(1) - 1)[:, None]  # [N, C, L]
+            masks["sliding_attention"] = seen & (age < window)
+        every = "sliding_attention" if window else "full_attention"
+        kinds = set(getattr(config, "layer_types", None) or [every])
+        masks = {kind: masks[kind][:, None] for kind in kinds}
+        if config._attn_implementation == "eager":  # which adds its mask to the logits
+            masks = {kind: torch.where(m, 0.0, -1e9) for kind, m in masks.items()}
+        return masks if len(masks) > 1 else masks.popitem()[1], positions
+
+    def run(self, x: Tensor, real: Tensor, columns: Tensor, cache=None, weights=None) -> Tensor:
+        """Last hidden states [N, C, H] of columns [C] of the L of real [N, L], fed x [N, C, D].
+
+        cache: keys and values of other columns, to which those of these are added. weights: in
+        place of the model's own of that name."""
+        mask, positions = self.attention(real, columns)
+        inputs = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions)
+        inputs |= dict(past_key_values=cache, use_cache=cache is not None)
+        model = self.model.base_model
+        if weights:
+            return torch.func.functional_call(model, weights, (), inputs).last_hidden_state
+        return model(**inputs).last_hidden_state
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """The tokens that end a text: some models have several."""
+        ids = self.model.generation_config.eos_token_id
+        return {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
+
+    def tokenize(self, texts: list[str], special=True) -> tuple[Tensor, Tensor]:
+        """Padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
+        how = dict(padding=True, padding_side="right", return_tensors="pt")
+        batch = self.tokenizer(texts, add_special_tokens=special, **how).to(self.model.device)
+        return batch.input_ids, batch.attention_mask.bool()
+
+    @cached_property
+    def piece(self) -> Callable[[int], str]:
+        """A function: the text that a token id adds to what stands before it."""
+        # Twice less once, as decode() may drop the leading space of the first token.
+        return cache(lambda token: self.decode([token] * 2)[len(self.decode([token])) :])
+
+    def decode(self, ids) -> str:
+        """Text of token ids, without special tokens."""
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **how)
+
+
+def few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
+    """What nn.Linear computes, as (W x^T)^T: on a CPU up to twice as fast for a few dozen rows."""
+    if torch.is_grad_enabled() or x[..., 0].numel() > 64:
+        return nn.functional.linear(x, linear.weight, linear.bias)
+    y = (linear.weight @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], len(linear.weight))
+    return y if linear.bias is None else y + linear.bias.to(y.dtype)
+
+
+# ---- 4. Engine: rows that grow column by column, at fixed addresses -----------------------------
+# Keys and values are kept, so that each step runs one new column. step() is the whole of decoding;
+# the rest makes it fast, and can be skipped: rows that ended are set apart, a GPU replays the step.
+
+LOOK = {"cpu": 1, "cuda": 16, "mps": 16}  # positions between two looks at the text
+BLOCK = {"cpu": 32, "cuda": 128, "mps": 128}  # columns in use are a multiple of it
+SMALLEST = {"cpu": 1, "cuda": 64, "mps": 64}  # a batch of so few rows is not halved: not faster
 
 
 class Keys(transformers.cache_utils.StaticLayer):
     """Keys and values of one layer [N, heads, L, width], written into the engine's columns."""
 
-    def __init__(self, engine: "Engine"):
+    def __init__(self, engine: Engine):
         super().__init__(engine.L)
         self.engine = engine
 
@@ -1077,7 +551,30 @@ class Engine:
         return Part(**{"x": None} | fields, mask=mask)
 
 
-# ---- 7. Rollout: think, then answer -------------------------------------------------------------
+def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
+    """The policy's engine, emptied; a larger one where that has too little room."""
+    old, block = policy.engine, BLOCK[policy.model.device.type]
+    room = (rows, -(-columns // block) * block, steps)
+    if old is None or any(more > has for more, has in zip(room, old.room)):
+        room = room if old is None else map(max, room, old.room)
+        del old
+        forget_engine(policy)  # before the new one takes its memory
+        policy.engine = Engine(policy, *room)
+    policy.engine.restart()
+    return policy.engine
+
+
+def forget_engine(policy: Policy) -> None:
+    """Free the last rollout's buffers and graphs at once: they know each other, so part them."""
+    if policy.engine is not None:
+        vars(policy.engine).clear()
+    policy.engine = None
+
+
+# ---- 5. Rollout: think, then answer -------------------------------------------------------------
+# N sequences are sampled: the CoT in the trained mode, an opening of the box, the answer in hard
+# tokens.
+
 @dataclass
 class Rollout:
     """N sampled sequences and what the loss and the reports need of them; holds no gradient."""
@@ -1108,26 +605,6 @@ def rows_of(x, index: Tensor):
     if isinstance(x, list):
         return [x[i] for i in index.tolist()]
     return x[index] if isinstance(x, Tensor) else x
-
-
-def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
-    """The policy's engine, emptied; a larger one where that has too little room."""
-    old, block = policy.engine, BLOCK[policy.model.device.type]
-    room = (rows, -(-columns // block) * block, steps)
-    if old is None or any(more > has for more, has in zip(room, old.room)):
-        room = room if old is None else map(max, room, old.room)
-        del old
-        forget_engine(policy)  # before the new one takes its memory
-        policy.engine = Engine(policy, *room)
-    policy.engine.restart()
-    return policy.engine
-
-
-def forget_engine(policy: Policy) -> None:
-    """Free the last rollout's buffers and graphs at once: they know each other, so part them."""
-    if policy.engine is not None:
-        vars(policy.engine).clear()
-    policy.engine = None
 
 
 def last(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -1230,7 +707,13 @@ def generate(engine: Engine, N: int, T: int, done: Callable[[str], bool]) -> tup
     return engine.part(length), finished
 
 
-# ---- 8. Log-probabilities, advantages, loss -----------------------------------------------------
+# ---- 6. Log-probabilities, advantages, gradient -------------------------------------------------
+# One pass over what was sampled gives the log-probability of each of its positions, with gradient;
+# times the advantages, that is REINFORCE. Chunks and micro-batches change nothing but the memory.
+
+CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
+
+
 def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     """log pi of every CoT position [N, T] and answer token [N, A] of a rollout, with gradient.
 
@@ -1384,14 +867,19 @@ def disagreement(gaps: Tensor, moves: Tensor) -> dict:
     return stats
 
 
-# ---- 9. Evaluation ------------------------------------------------------------------------------
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c,k)/C(n,k).
+# ---- 7. Training: the optimiser, a step, the loop -----------------------------------------------
+# Here a reader who came for the method may stop.
 
-    ValueError if k > n: nothing unbiased can be said then."""
-    if not 1 <= k <= n or not 0 <= correct <= n:
-        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= correct <= n: {k=}, {n=}, {correct=}")
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+MAX_GRAD_NORM = 1.0
+BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
+CHECKPOINTS = 20  # validations in a run, at least, if it has as many steps
+
+
+def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> list[Problem]:
+    """The B problems of a step: a fresh shuffle each epoch, as a function of (seed, step) alone."""
+    n = len(problems)
+    orders = cache(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
+    return [problems[orders(i // n)[i % n]] for i in range(step * B, step * B + B)]
 
 
 def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *how) -> tuple:
@@ -1407,178 +895,6 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *ho
     values = [reward(a, problem.gold, problem.equal) for a, (problem, _) in zip(r.answers, samples)]
     values = gather(values)[0]  # of several processes: a grader may run out of time in one of them
     return r, np.array(values).reshape(len(problems), G)
-
-
-def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: Config, n: int,
-             log: Optional[Path] = None) -> dict:
-    """pass@1, 2, 4, ... n of a setting with n samples a problem (1 if it is deterministic).
-
-    k_error: standard error of each pass@k over the problems. entropy_by_position: mean over the
-    CoTs that got there, in nats (the paper's Figure 4). Problems go in order of length, so that a
-    batch has little padding. What log holds of the same evaluation is not done again."""
-    n = 1 if setting.deterministic else n
-    how = (setting, config.eval_max_cot, config.max_answer, 0.0)  # 0.0: answers are greedy
-    ordered = sorted(problems, key=lambda problem: len(problem.prompt))
-    size = max(1, config.prompts * config.samples // n)  # as many rows as a training rollout has
-    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    same = [n, size, how, config.seed, config.dtype, [(p.prompt, p.gold) for p in ordered]]
-    same.append(Path(__file__).read_bytes())  # whoever edits this file will want new figures
-    same += [w.detach().float().sum().item() for w in policy.model.parameters() if log]
-    key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
-    done = {row["batch"]: row for row in (read_log(log) if log else []) if row["key"] == key}
-    for i, batch in enumerate(progress("evaluation", batches, unit="batch")):
-        if i not in done:
-            r, rewards = rewarded(policy, batch, n, (config.seed, 1), *how)
-            done[i] = {
-                "correct": (rewards == 100).sum(axis=1).tolist(),  # of n, for each problem
-                "stopped": sum(r.stopped),
-                "reached": r.cot.mask.sum(0).tolist(),  # CoTs with a token at position t
-                "entropy": r.cot.entropy.cpu().double().sum(0).tolist(),  # sum over these, in nats
-            }
-            if log:
-                append_jsonl(log, {"key": key, "batch": i, **done[i]})
-                if stopping():
-                    raise Stopped
-    counts = [c for i in range(len(batches)) for c in done[i]["correct"]]
-    by_batch = ([row[name] for row in done.values()] for name in ("reached", "entropy"))
-    reached, nats = (np.sum([*itertools.zip_longest(*x, fillvalue=0)], 1) for x in by_batch)  # [T]
-    ks = sorted({2**i for i in range(n.bit_length())} | {n})
-    passed = {str(k): [pass_at_k(n, c, k) for c in counts] for k in ks}
-    samples = n * len(problems)
-    return {
-        "n": n, "problems": len(problems), "correct": counts,
-        "k": {k: float(np.mean(values)) for k, values in passed.items()},
-        "k_error": {k: float(np.std(v) / max(1, len(v) - 1) ** 0.5) for k, v in passed.items()},
-        "cot_entropy": float(nats.sum() / reached.sum()),
-        "entropy_by_position": (nats / reached).round(4).tolist(),
-        "cot_len": float(reached.sum() / samples),
-        "stop_rate": sum(row["stopped"] for row in done.values()) / samples,
-    }
-
-
-@torch.no_grad()
-def evaluate_choices(policy: Policy, name: str, rows: list[dict]) -> dict:
-    """Accuracy, and negative log-likelihood per token of the right option (the paper's Table 2).
-
-    Teacher-forced: the log-probability of a rollout without CoT whose answer is the option. The
-    model's choice is the option with the highest log-probability per token."""
-    scores = {"accuracy": [], "nll": []}
-    for row in progress(name, rows):
-        if stopping():
-            raise Stopped
-        question, options, right = CHOICES[name][2](row)
-        ids, mask = policy.tokenize([question] * len(options))  # [options, P]
-        option_ids, option_mask = policy.tokenize(options, special=False)
-        none = ids[:, :0]  # [options, 0]
-        cot = Part(None, none, none, none, mask=none.bool())
-        answer = Part(None, option_ids, none, none, mask=option_mask)
-        prefix = (SETTINGS["hard_sample"], 0.0, ids, mask, none, none.bool())
-        _, logp, _ = log_probs(policy, Rollout(*prefix, cot, answer, [], [], []))
-        logp = logp.sum(1) / option_mask.sum(1)  # [options] nats per token
-        scores["accuracy"].append(logp.argmax().item() == right)
-        scores["nll"].append(-logp[right].item())
-    error = {key: float(np.std(x) / max(1, len(x) - 1) ** 0.5) for key, x in scores.items()}
-    means = {key: float(np.mean(x)) for key, x in scores.items()}
-    return {"problems": len(rows), **means, "error": error}
-
-
-def evaluate_all(policy: Policy, config: Config, tests: dict[str, list], stage: str,
-                 path: Path) -> dict[str, float]:
-    """Evaluate --eval-settings on tests (see load_data()), print a table and write path.
-
-    Returns the figures by their names, those of the first task first."""
-    records, figures = json.loads(path.read_bytes()) if path.exists() else [], {}
-    for task, problems in tests.items():
-        print(f"\n{stage}, {task}, {config.eval_k} samples of each problem:")
-        if task not in CHOICES:
-            print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
-        for name in ["teacher_forced"] if task in CHOICES else config.eval_settings:
-            if task in CHOICES:
-                scores = evaluate_choices(policy, task, problems)
-                figures[f"{task} accuracy"] = scores["accuracy"]
-                line = "accuracy {accuracy:.3f}, {nll:.3f} nats per token of the right answer"
-            else:
-                setting, log = settings_of(config)[name], path.with_name("eval_batches.jsonl")
-                scores = evaluate(policy, problems, setting, config, config.eval_k, log)
-                n, ks = scores["n"], scores["k"]
-                figures[f"{task} {name} pass@1"] = ks["1"]
-                line = f"{ks['1']:7.3f} {scores['k_error']['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
-                line += " {cot_len:8.1f} {stop_rate:5.2f} {cot_entropy:8.3f}"
-            print(f"{name:14}", line.format(**scores))
-            key = {"stage": stage, "task": task, "setting": name}
-            records = [old for old in records if not key.items() <= old.items()]
-            records.append(key | {"model": config.model or "toy"} | scores)
-            write_json(path, records)
-    return figures
-
-
-# ---- 10. Files -----------------------------------------------------------------------------------
-@contextmanager
-def replacing(path: Path):
-    """A name to write to, renamed to path once all is on the disk; if that fails, path stays."""
-    part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
-    with explained((OSError, RuntimeError, SafetensorError), f"{path}: can't be written"):
-        shutil.rmtree(part, ignore_errors=True)
-        yield part
-        for file in [file for file in part.rglob("*") if file.is_file()] or [part]:
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        if part.is_dir() and path.exists():  # a folder can't be renamed to one that has files
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
-        os.replace(part, path)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(path: Path, content) -> None:
-    """Write JSON, all of it or nothing."""
-    if rank() == 0:
-        with replacing(path) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def append_jsonl(path: Path, row: dict) -> None:
-    """Add one object as one line, in one piece."""
-    if rank() == 0:
-        with explained(OSError, f"{path}: can't be written"), open(path, "ab", buffering=0) as file:
-            file.write(json.dumps(row).encode() + b"\n")
-
-
-def read_log(path: Path, keep: Callable[[dict], bool] = lambda row: True) -> list[dict]:
-    """The objects of a log; what is not to be kept, or was cut short by a kill, leaves the file."""
-    text = path.read_bytes() if path.exists() else b""
-    rows = [row for row in map(json.loads, text.split(b"\n")[:-1]) if keep(row)]
-    kept = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    if kept != text and rank() == 0:
-        with replacing(path) as part:
-            part.write_bytes(kept)
-    return rows
-
-
-def save_state(path: Path, policy: Policy, optimizer, schedule, step: int, best: float) -> None:
-    """Save all that --resume needs; data order and noise follow from (seed, step) alone."""
-    model, moments = states.get_state_dict(policy.model, optimizer, options=WHOLE)
-    state = {"model": model, "optimizer": moments, "schedule": schedule.state_dict()}
-    if rank() == 0:
-        with replacing(path) as part:
-            torch.save({**state, "step": step, "best": best}, part)
-
-
-def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, float]:
-    """Put a saved state back; return the step it was saved after and the best score till then."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    states.set_state_dict(policy.model, optimizer, model_state_dict=state["model"],
-                          optim_state_dict=state["optimizer"], options=WHOLE)
-    schedule.load_state_dict(state["schedule"])
-    return state["step"], state["best"]
-
-
-# ---- 11. Training -------------------------------------------------------------------------------
-def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> list[Problem]:
-    """The B problems of a step: a fresh shuffle each epoch, as a function of (seed, step) alone."""
-    n = len(problems)
-    orders = cache(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
-    return [problems[orders(i // n)[i % n]] for i in range(step * B, step * B + B)]
 
 
 def round_by_chance(x: Tensor) -> Tensor:
@@ -1629,6 +945,9 @@ def make_optimizer(policy: Policy, config: Config) -> tuple:
         return 0.5 + 0.5 * math.cos(math.pi * done)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+PROCESS = "/proc/self"  # where Linux tells the memory of this process
 
 
 def peak_gib(device: torch.device) -> float:
@@ -1758,57 +1077,389 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         bar.set_postfix(shown | ({"best": round(best, 3)} if held_out else {}))
 
 
-# ---- 12. Main -----------------------------------------------------------------------------------
-def parse(arguments: list[str]) -> Config:
-    """Config from command-line arguments; UserError on an unknown flag or a bad value."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0])
-    parser.error = partial(require, False)  # argparse's own prints the usage and exits
-    for field in dataclasses.fields(Config):
-        how = {"help": field.metadata["help"]}
-        kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)]
-        kind = kinds[0] if typing.get_origin(field.type) is typing.Union else field.type
-        if kind is bool:
-            how["action"] = "store_true"
-        elif typing.get_origin(kind) is Literal:
-            how["choices"] = typing.get_args(kind)
-        elif kind == list[str]:
-            how["nargs"] = "+"
-        else:
-            how["type"] = kind
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **how)
-    return Config(**vars(parser.parse_args(arguments)))
+# ---- 8. Evaluation ------------------------------------------------------------------------------
+# pass@k of all settings, and the likelihood of right options. What was evaluated before a run was
+# interrupted is not done again.
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c,k)/C(n,k).
+
+    ValueError if k > n: nothing unbiased can be said then."""
+    if not 1 <= k <= n or not 0 <= correct <= n:
+        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= correct <= n: {k=}, {n=}, {correct=}")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def check_folder(config: Config, out: Path) -> None:
-    """UserError if --out-dir must not be written to: nothing that is there may get lost.
+def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: Config, n: int,
+             log: Optional[Path] = None) -> dict:
+    """pass@1, 2, 4, ... n of a setting with n samples a problem (1 if it is deterministic).
 
-    A resumed run must be there, with the same settings but for MAY_CHANGE."""
-    there, new = out / "config.json", dataclasses.asdict(config) | {"resume": False}
-    old = json.loads(there.read_bytes()) if there.is_file() else {}
-    if config.model and Path(config.model).exists():
-        model, folder = Path(config.model).resolve(), out.resolve()
-        apart = model not in (folder, *folder.parents)
-        apart = apart and (config.eval_only or folder not in model.parents)
-        require(apart, f"--out-dir {out} and --model {config.model} are in each other: name another")
-    if config.resume:
-        require(old, f"--resume: {out} holds no run; leave --resume out")
-        new["out_dir"] = old["out_dir"]  # it may have moved
-        changed = [flag(k) for k in new if k not in MAY_CHANGE.split() and new[k] != old.get(k)]
-        require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
-    elif config.eval_only:
-        own = old.get("model") == config.model or trained_here(config, out)
-        other = f"--out-dir {out} is of another model, {old.get('model') or 'the toy'}: name another"
-        require(not old or own, other)
-    else:
-        files = [name for name in ("config.json", "eval.json", *LOGS) if (out / name).exists()]
-        ways = "--resume goes on with it, another --out-dir starts a new one"
-        require(not files, f"--out-dir {out} holds a run already ({', '.join(files)}): {ways}")
+    k_error: standard error of each pass@k over the problems. entropy_by_position: mean over the
+    CoTs that got there, in nats (the paper's Figure 4). Problems go in order of length, so that a
+    batch has little padding. What log holds of the same evaluation is not done again."""
+    n = 1 if setting.deterministic else n
+    how = (setting, config.eval_max_cot, config.max_answer, 0.0)  # 0.0: answers are greedy
+    ordered = sorted(problems, key=lambda problem: len(problem.prompt))
+    size = max(1, config.prompts * config.samples // n)  # as many rows as a training rollout has
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    same = [n, size, how, config.seed, config.dtype, [(p.prompt, p.gold) for p in ordered]]
+    same.append(Path(__file__).read_bytes())  # whoever edits this file will want new figures
+    same += [w.detach().float().sum().item() for w in policy.model.parameters() if log]
+    key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
+    done = {row["batch"]: row for row in (read_log(log) if log else []) if row["key"] == key}
+    for i, batch in enumerate(progress("evaluation", batches, unit="batch")):
+        if i not in done:
+            r, rewards = rewarded(policy, batch, n, (config.seed, 1), *how)
+            done[i] = {
+                "correct": (rewards == 100).sum(axis=1).tolist(),  # of n, for each problem
+                "stopped": sum(r.stopped),
+                "reached": r.cot.mask.sum(0).tolist(),  # CoTs with a token at position t
+                "entropy": r.cot.entropy.cpu().double().sum(0).tolist(),  # sum over these, in nats
+            }
+            if log:
+                append_jsonl(log, {"key": key, "batch": i, **done[i]})
+                if stopping():
+                    raise Stopped
+    counts = [c for i in range(len(batches)) for c in done[i]["correct"]]
+    by_batch = ([row[name] for row in done.values()] for name in ("reached", "entropy"))
+    reached, nats = (np.sum([*itertools.zip_longest(*x, fillvalue=0)], 1) for x in by_batch)  # [T]
+    ks = sorted({2**i for i in range(n.bit_length())} | {n})
+    passed = {str(k): [pass_at_k(n, c, k) for c in counts] for k in ks}
+    samples = n * len(problems)
+    return {
+        "n": n, "problems": len(problems), "correct": counts,
+        "k": {k: float(np.mean(values)) for k, values in passed.items()},
+        "k_error": {k: float(np.std(v) / max(1, len(v) - 1) ** 0.5) for k, v in passed.items()},
+        "cot_entropy": float(nats.sum() / reached.sum()),
+        "entropy_by_position": (nats / reached).round(4).tolist(),
+        "cot_len": float(reached.sum() / samples),
+        "stop_rate": sum(row["stopped"] for row in done.values()) / samples,
+    }
 
 
-def trained_here(config: Config, out: Path) -> bool:
-    """Whether --model is what a run in this folder has trained."""
-    return bool(config.model) and Path(config.model).resolve() == (out / "model").resolve()
+@torch.no_grad()
+def evaluate_choices(policy: Policy, name: str, rows: list[dict]) -> dict:
+    """Accuracy, and negative log-likelihood per token of the right option (the paper's Table 2).
+
+    Teacher-forced: the log-probability of a rollout without CoT whose answer is the option. The
+    model's choice is the option with the highest log-probability per token."""
+    scores = {"accuracy": [], "nll": []}
+    for row in progress(name, rows):
+        if stopping():
+            raise Stopped
+        question, options, right = CHOICES[name][2](row)
+        ids, mask = policy.tokenize([question] * len(options))  # [options, P]
+        option_ids, option_mask = policy.tokenize(options, special=False)
+        none = ids[:, :0]  # [options, 0]
+        cot = Part(None, none, none, none, mask=none.bool())
+        answer = Part(None, option_ids, none, none, mask=option_mask)
+        prefix = (SETTINGS["hard_sample"], 0.0, ids, mask, none, none.bool())
+        _, logp, _ = log_probs(policy, Rollout(*prefix, cot, answer, [], [], []))
+        logp = logp.sum(1) / option_mask.sum(1)  # [options] nats per token
+        scores["accuracy"].append(logp.argmax().item() == right)
+        scores["nll"].append(-logp[right].item())
+    error = {key: float(np.std(x) / max(1, len(x) - 1) ** 0.5) for key, x in scores.items()}
+    means = {key: float(np.mean(x)) for key, x in scores.items()}
+    return {"problems": len(rows), **means, "error": error}
+
+
+def evaluate_all(policy: Policy, config: Config, tests: dict[str, list], stage: str,
+                 path: Path) -> dict[str, float]:
+    """Evaluate --eval-settings on tests (see load_data()), print a table and write path.
+
+    Returns the figures by their names, those of the first task first."""
+    records, figures = json.loads(path.read_bytes()) if path.exists() else [], {}
+    for task, problems in tests.items():
+        print(f"\n{stage}, {task}, {config.eval_k} samples of each problem:")
+        if task not in CHOICES:
+            print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
+        for name in ["teacher_forced"] if task in CHOICES else config.eval_settings:
+            if task in CHOICES:
+                scores = evaluate_choices(policy, task, problems)
+                figures[f"{task} accuracy"] = scores["accuracy"]
+                line = "accuracy {accuracy:.3f}, {nll:.3f} nats per token of the right answer"
+            else:
+                setting, log = settings_of(config)[name], path.with_name("eval_batches.jsonl")
+                scores = evaluate(policy, problems, setting, config, config.eval_k, log)
+                n, ks = scores["n"], scores["k"]
+                figures[f"{task} {name} pass@1"] = ks["1"]
+                line = f"{ks['1']:7.3f} {scores['k_error']['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
+                line += " {cot_len:8.1f} {stop_rate:5.2f} {cot_entropy:8.3f}"
+            print(f"{name:14}", line.format(**scores))
+            key = {"stage": stage, "task": task, "setting": name}
+            records = [old for old in records if not key.items() <= old.items()]
+            records.append(key | {"model": config.model or "toy"} | scores)
+            write_json(path, records)
+    return figures
+
+
+# ---- 9. Tasks, answers, rewards -----------------------------------------------------------------
+# Where questions come from, what the right answer is, and whether another one equals it.
+
+STOP = "The final answer is: "  # ends the CoT
+BOX = "\\boxed{"  # opens the answer
+PROMPT = (  # zero-shot, the same for every model; QUESTION is replaced
+    "A conversation between a user and an assistant. The user asks a question, and the assistant"
+    " thinks it through step by step and then gives the answer. The assistant always ends with:"
+    f" {STOP}{BOX}[answer]}}.\nUser: QUESTION\nAssistant:"
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question as the model sees it, and the answer that is right."""
+
+    id: int
+    prompt: str
+    gold: str
+    equal: Callable[[str, str], bool]  # whether an answer equals a gold answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where questions come from, what the gold answer is, how answers compare, and the defaults."""
+
+    hub: tuple[str, ...]  # data set and its configurations on the Hugging Face hub
+    train: Optional[str]  # the hub's name of the split to train on; None: only for evaluation
+    test: Optional[str]  # the same for testing; None: problems are held out of train
+    gold: Callable[[dict], str]
+    defaults: dict  # of Config's fields
+    equal: Callable[[str, str], bool]
+    prompt: str = PROMPT
+    test_on: Optional[str] = None  # the task whose test problems are meant, if not its own
+    fuzzy_tau: float = SETTINGS["fuzzy_sample"].tau  # the toy learns more surely at 0.1
+
+
+PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
+PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32}
+PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512, "eval_limit": 128}
+
+
+def parse_number(text: str) -> Optional[float]:
+    """The number that an answer states, or None: `\\$1,200.00` -> 1200.0, `18 apples` -> 18.0."""
+    text = re.sub(r"(?<=[0-9])(,|\{,\}|\\!|,\\!)(?=[0-9]{3})", "", text).replace("\u2212", "-")
+    found = re.findall(r"[-+]?\$?(?:[0-9]+\.?[0-9]*|\.[0-9]+)", text.replace("\\$", "$"))
+    return float(found[0].replace("$", "")) if len(found) == 1 else None
+
+
+def same_number(answer: str, gold: str) -> bool:
+    """Whether two answers state the same number."""
+    a, b = parse_number(answer), parse_number(gold)
+    return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
+
+
+JUDGE = r"""
+import json, sys
+from math_verify import parse, verify
+
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes; 9^9^9^9 wants more
+except (ImportError, ValueError, OSError):
+    pass  # Windows has no such limit, macOS refuses it
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        answer, gold = json.loads(line)
+        gold, _, tolerance = gold.partition(" within ")
+        a, g = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in (answer, gold))
+        equal = verify(g, a, timeout_seconds=None)
+        if tolerance and not equal:
+            equal = abs(float(a[0]) - float(g[0])) <= float(tolerance) * (1 + 1e-9)
+    except Exception:  # what cannot be read is not the answer
+        equal = False
+    print(json.dumps(bool(equal)), flush=True)
+"""  # a program of its own: for each line [answer, gold] it prints whether they are equal
+
+
+class Grader:
+    """Math-Verify in a process that is killed when it takes too long: no answer can hang a run."""
+
+    limit, timeouts, process = 5.0, 0, None  # limit: seconds that one comparison may take
+
+    def equal(self, answer: str, gold: str) -> bool:
+        """Whether two LaTeX answers are equal; False, and counted, if that takes too long."""
+        answer, gold = (text.strip().removesuffix(".") for text in (answer, gold))
+        if answer == gold:
+            return True
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        self.process.stdin.write(json.dumps([answer, gold]) + "\n")
+        self.process.stdin.flush()
+        try:
+            verdict = self.reader.submit(self.process.stdout.readline).result(self.limit)
+        except concurrent.futures.TimeoutError:
+            verdict = ""
+        if not verdict:  # too slow, or dead
+            self.process.kill()
+            self.process.wait()
+            self.process, self.timeouts = None, self.timeouts + 1
+        return verdict == "true\n"
+
+    def start(self) -> None:
+        """Start the process; UserError with its own last words if it can't."""
+        self.reader = concurrent.futures.ThreadPoolExecutor(1)  # Windows can't wait for a pipe
+        errors = tempfile.TemporaryFile()
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        command = [sys.executable, "-c", JUDGE]
+        # a session of its own: Ctrl-C is for the run, not for the grader
+        self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+        if not self.process.stdout.readline():
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"the grader can't start: {last}; try pip install -r requirements.txt")
+
+
+GRADER = Grader()
+
+
+def boxed(text: str) -> Optional[str]:
+    """What stands in a box whose `\\boxed{` was just opened, or None while it is still open."""
+    depth, escaped = 1, False
+    for i, char in enumerate(text):
+        depth += 0 if escaped else (char == "{") - (char == "}")
+        escaped = char == "\\" and not escaped
+        if depth == 0:
+            return text[:i]
+    return None
+
+
+def reward(answer: str, gold: str, equal: Callable[[str, str], bool]) -> float:
+    """100 for the right answer, 10 for a wrong one, if it closes its box; else 0."""
+    inside = boxed(answer)
+    return 0.0 if inside is None else 100.0 if equal(inside, gold) else 10.0
+
+
+def plain_gold(row: dict) -> str:
+    """The gold answer in the field `answer`; in GSM8K it follows a worked solution and `####`."""
+    return "" if row["answer"] is None else str(row["answer"]).split("####")[-1].strip()
+
+
+def math_gold(row: dict) -> str:
+    """The gold answer of MATH: the field `answer`, or the last box of the field `solution`."""
+    if "answer" in row:
+        return plain_gold(row)
+    _, found, after = row["solution"].rpartition(BOX)
+    return (boxed(after) or "").strip() if found else ""
+
+
+def olympiad_gold(row: dict) -> str:
+    """OlympiadBench's gold answer: `$69$,$84$` -> `69,84`; one has an error: `4.2 within 1e-1`."""
+    answers = row["final_answer"] if "final_answer" in row else row["answer"]
+    tolerance = f" within {row['error']}" if row.get("error") else ""
+    return ",".join(answers).replace("$", "").strip() + tolerance
+
+
+VALIDATION = 128  # problems held out of a training split to choose the checkpoint
+SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory"
+SUBJECTS += " prealgebra precalculus"
+SHORT, LONG = PAPER_STEP | {"max_cot": 128}, PAPER_STEP | {"max_cot": 512}
+TOY = plain_gold, toy_tasks.DEFAULTS, same_number, "QUESTION"
+TASKS = {
+    "toy": Task((), "train", "test", *TOY, fuzzy_tau=0.1),
+    "toy-large": Task((), None, "test", *TOY),
+    "toy-round": Task((), None, "test", *TOY),
+    "gsm8k": Task(("openai/gsm8k", "main"), "train", "test", plain_gold, SHORT, same_number),
+    "math": Task(("EleutherAI/hendrycks_math", *SUBJECTS.split()), "train", "test", math_gold, LONG,
+                 GRADER.equal, test_on="math500"),
+    "deepscaler": Task(("agentica-org/DeepScaleR-Preview-Dataset",), "train", None, plain_gold,
+                       LONG, GRADER.equal, test_on="math500"),
+    "math500": Task(("HuggingFaceH4/MATH-500",), None, "test", plain_gold, LONG, GRADER.equal),
+    "olympiadbench": Task(("Hothan/OlympiadBench", "OE_TO_maths_en_COMP"), None, "train",
+                          olympiad_gold, LONG, GRADER.equal),
+}  # fmt: skip
+CHOICES = {  # multiple choice: name on the hub, split, a row's question, options, right index
+    "toy-walk": ((), "test", lambda row: (row["question"], row["options"], row["answer"])),
+    "hellaswag": (("Rowan/hellaswag",), "validation", lambda row: (
+        row["ctx"], [" " + text for text in row["endings"]], int(row["label"]))),
+    "mmlu": (("cais/mmlu", "all"), "test", lambda row: (
+        f"Question: {row['question']}\nAnswer:", [" " + text for text in row["choices"]],
+        int(row["answer"]))),
+    "arc": (("allenai/ai2_arc", "ARC-Challenge"), "test", lambda row: (
+        f"Question: {row['question']}\nAnswer:", [" " + text for text in row["choices"]["text"]],
+        row["choices"]["label"].index(row["answerKey"]))),
+}  # fmt: skip
+
+
+def task_named(name: str) -> Task:
+    """A task of the table, or that of the user's own .jsonl file."""
+    return TASKS.get(name) or Task((), "train", None, plain_gold, SHORT, GRADER.equal)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a .jsonl file; UserError names the line that is not one."""
+    require(path.is_file(), f"there is no file {path}")
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            with explained((ValueError, RecursionError), f"{path} line {number} is not JSON"):
+                rows.append(json.loads(line))
+            require(isinstance(rows[-1], dict), f"{path} line {number} is not a JSON object")
+    return rows
+
+
+def read_rows(config: Config, name: str, split: str) -> list[dict]:
+    """The rows of a task's "train" or "test" split: toy, own file, --data-dir, or the hub."""
+    if name.endswith(".jsonl"):
+        return read_jsonl(Path(name))
+    if name.startswith("toy"):
+        return toy_tasks.rows(name, split)
+    if config.data_dir:
+        return read_jsonl(Path(config.data_dir) / name / f"{split}.jsonl")
+    import datasets  # only here: the toy and local files do without it
+    task = TASKS.get(name)
+    (hub, *parts), hub_split, *_ = (task.hub, getattr(task, split)) if task else CHOICES[name]
+    advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
+    errors = (OSError, ValueError, ImportError)
+    with explained(errors, f"{name}: could not load {hub} from the hub; {advice}"):
+        loaded = [datasets.load_dataset(hub, part, split=hub_split) for part in parts or [None]]
+    return [row for rows in loaded for row in rows]
+
+
+def load_problems(config: Config, name: str, split: str) -> list[Problem]:
+    """The "train", "validation" or "test" problems of a task; says how many, and how many it skips.
+
+    Validation problems (and test problems, where the task has no test split) are held out of the
+    training split, always the same. Repeated questions and rows without an answer are skipped."""
+    task = task_named(name)
+    whole = "test" if split == "test" and task.test else "train"
+    rows, problems, seen, answerless = read_rows(config, name, whole), [], set(), 0
+    for i, row in enumerate(rows):
+        where = f"{name} {whole}: row {i + 1}"
+        question = row.get("problem", row.get("question"))
+        require(isinstance(question, str), f"{where} has no text in a field problem or question")
+        errors = (KeyError, TypeError, AttributeError, UnicodeError)
+        with explained(errors, f"{where} has no readable answer or text"):
+            gold = task.gold(row)
+            (question + gold).encode()
+        if gold and question not in seen:
+            prompt = task.prompt.replace("QUESTION", question)
+            problems.append(Problem(i, prompt, gold, task.equal))
+        answerless += not gold
+        seen.add(question)
+    skipped = f"{answerless} without an answer, {len(rows) - len(seen)} repeated"
+    if whole == "train":
+        order = np.random.default_rng(0).permutation(len(problems))
+        few = min(VALIDATION, max(1, len(problems) // 10))
+        first = few if task.test else 2 * few  # where training problems begin
+        parts = {"validation": order[:few], "test": order[few:first], "train": order[first:]}
+        problems = [problems[i] for i in parts[split]]
+    require(problems, f"{name}: the {split} split is empty")
+    print(f"{name} {split}: {len(problems)} problems of {len(rows)} rows; skipped: {skipped}")
+    return problems
+
+
+def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Problem]:
+    """The problems that leave room in the model's context for CoT and answer; tells the others."""
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", math.inf)
+    more = max(config.max_cot, config.eval_max_cot) + config.max_answer
+    more += len(policy.tokenizer(STOP + BOX).input_ids)
+    fits = [p for p in problems if len(policy.tokenizer(p.prompt).input_ids) + more <= context]
+    why = f"prompt, CoT and answer do not fit into the model's context of {context} tokens"
+    require(fits, f"{why}: lower --max-cot, --eval-max-cot or --max-answer")
+    if len(fits) < len(problems):
+        print(f"{len(problems) - len(fits)} problems skipped: {why}")
+    return fits
 
 
 def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, list]]:
@@ -1832,100 +1483,169 @@ def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, lis
     return train, held_out, tests
 
 
-def check_disk(policy: Policy, out: Path) -> None:
-    """Say what a run writes at most, if it is much; UserError if the disk has less."""
-    weights = sum(w.numel() * w.itemsize for w in policy.model.parameters())
-    most = 2 * (weights + 3 * weights)  # model and state, old and new while one replaces the other
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    size = f"{out} will take up to {most / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
-    require(most < free, f"{size}: name another --out-dir")
-    if most > 2**30:
-        print(size)
+# ---- 10. Loading a model ------------------------------------------------------------------------
+# What a model must be able to do is tried once, before anything is trained.
+
+def use_gpu_well(device: str) -> None:
+    """On a CUDA GPU: TF32 for what is fp32, and an attention whose gradient can be relied on."""
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # 10 bits of mantissa: enough, and fast
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN: pytorch#196678
 
 
-def noise_advice(config: Config, figures: dict[str, float]) -> str:
-    """What the base's success with the noise and without it says of --sigma-scale, or nothing.
-
-    Too little noise costs nothing: it changes no outcome, so there is nothing to compare. With too
-    much, too few are right to be rewarded. See results/README.md, where it was measured."""
-    names = [f"{config.task} {config.cot}_{how} pass@1" for how in ("greedy", "sample")]
-    if config.cot == "hard" or not all(name in figures for name in names):
-        return ""
-    without, with_noise = (figures[name] for name in names)
-    text = f"noise {config.sigma_scale:g}: success {with_noise:.3f}, without it {without:.3f}"
-    low, high = WINDOW
-    if with_noise < low:
-        return f"{text}: too much to find what is right; try a lower --sigma-scale"
-    if with_noise > high * without:
-        return f"{text}: perhaps too little to explore; see mixed_groups, try a higher --sigma-scale"
-    return ""
+def has_bf16(device: str) -> bool:
+    """Whether a CUDA GPU computes in bf16 itself (a T4 or V100 only pretends to)."""
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def run(config: Config) -> str:
-    """What the program does; returns its last line."""
-    config, filled_in = filled(config)
-    print(filled_in)
-    torch.set_num_threads(config.threads)
-    torch.use_deterministic_algorithms(config.device == "cpu")  # same seed, same bits
-    out = Path(config.out_dir)
-    check_folder(config, out)
-    policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
-    problems, held_out, tests = load_data(policy, config)
-    if not config.eval_only:
-        check_disk(policy, out)
-    with explained(OSError, f"--out-dir {out}: can't be made"):
-        out.mkdir(parents=True, exist_ok=True)
-    if not (out / "config.json").exists() or config.resume:
-        write_json(out / "config.json", dataclasses.asdict(config) | {"resume": False})
-    results = out / "eval.json"
-    with noted_signals():
-        if config.eval_only:
-            stage = "trained" if trained_here(config, out) else "base"
-            evaluate_all(policy, config, tests, stage, results)
-            return f"Evaluated {config.model or 'the toy base'}: {results}"
-        before = evaluate_all(policy, config, tests, "base", results)
-        print(noise_advice(config, before))
-        train(policy, config, out, problems, held_out)
-        last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
-        if not tests:
-            return f"Not evaluated {last}"
-        del policy
-        gc.collect()  # of the model that was trained, before the best one is loaded
-        policy = load_policy(config, str(out / "model"))
-        after = evaluate_all(policy, config, tests, "trained", results)
+LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+def load_policy(config: Config, source: str) -> Policy:
+    """The policy in a folder or on the hub; UserError says what is missing."""
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    advice = "give a hub id, or a folder with config.json, weights and tokenizer"
+    hint = f"--model {source} is the folder of a run: did you mean {source}/model"
+    require(not (Path(source) / "model" / "config.json").exists(), hint)
+    with explained(LOADING, f"--model {source}: could not be loaded; {advice}"):
+        how = {"trust_remote_code": False}  # a folder's own code is never run
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left", **how)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **how)
+    require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
+    added, V = tokenizer.added_tokens_decoder, model.get_input_embeddings().num_embeddings
+    others = sum(id >= V and token.special for id, token in added.items())  # images, say: not text
+    require(len(tokenizer) - others <= V, f"--model {source}: its tokenizer is larger than it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    use_gpu_well(config.device)
+    for module in model.modules():
+        if type(module) is nn.Linear and config.device == "cpu":
+            module.forward = partial(few_rows, module)
+        if isinstance(module, GradientCheckpointingLayer) and config.gradient_checkpointing:
+            module.forward = partial(recompute, module.forward, use_reentrant=False)
+    how = (config.dtype == "bf16-mixed", config.gradient_checkpointing)
+    policy = Policy(model.to(config.device).eval(), tokenizer, *how)
+    unfit = f"--model {source} does not fit soft tokens; SOFTCOT_DEBUG=1 shows where"
+    with explained((*LOADING, TypeError, AttributeError, AssertionError), unfit):
+        rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
+        check_policy(policy, rounding.get(config.dtype, 1e-1))
+    forget_engine(policy)
+    return shard(policy, config) if several() else policy
+
+
+@torch.no_grad()
+def check_policy(policy: Policy, close: float) -> None:
+    """Does the model compute what the method needs? AssertionError names what does not.
+
+    Embeddings must say all that the model reads of a token; and mixtures of them, fed through the
+    engine in two parts to two rows, one of which has a gap, must give what a plain pass over the
+    row without its gap gives. Finds the factor that some models put behind their head."""
+    def alike(found, expected, what: str) -> None:
+        error = (found.float() - expected.float()).abs().max().item()
+        largest = expected.float().abs().max().item()
+        assert error <= close * largest, f"{what} differ by {error:.2g} of {largest:.2g}"
+
+    with policy.arithmetic():
+        E, model = policy.embeddings(), policy.model
+        ids = torch.arange(5, device=E.device)[None] % len(E)
+        words = model(ids, use_cache=False).logits
+        alike(model(inputs_embeds=E[ids], use_cache=False).logits, words, "logits of embeddings")
+        p = draw(row_seeds([(0,), (1,)]).to(E.device), 0, 5, 0)[0][..., None]  # [2, 5, 1]
+        x = p.to(E.dtype) * E[ids] + (1 - p).to(E.dtype) * E[ids + 1]  # [2, 5, D]
+        before, real = x.clone(), torch.ones(2, 5, dtype=torch.bool, device=E.device)
+        real[1, 2] = False
+        engine = Engine(policy, 2, 5, 1)
+        engine.restart()
+        engine.reserve(5)
+        first = engine.feed(x[:, :3], real[:, :3])
+        hidden = torch.cat([first, engine.feed(x[:, 3:], real[:, 3:])], dim=1)
+        alike(x, before, "inputs, which the model changes: they")
+        for row in (0, 1):
+            kept = x[row, real[row]][None]
+            plain = model.base_model(inputs_embeds=kept, use_cache=False).last_hidden_state[0]
+            alike(hidden[row, real[row]], plain, "hidden states")
+        logits, head = model(inputs_embeds=kept, use_cache=False).logits[0], policy.head(plain)
+        require(head.shape == logits.shape, "its head gives another number of logits")
+        factor = ((logits.float() * head).sum() / head.square().sum()).item()
+        policy.logit_scale = factor if abs(factor - 1) > close else 1.0
+        alike(policy.head(plain), logits, "logits")
+
+
+# ---- 11. Files ----------------------------------------------------------------------------------
+# Whatever is written is there as a whole or not at all.
+
+WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory
+LOGS = ("metrics.jsonl", "samples.jsonl")  # lines of steps, in --out-dir
+
+
+@contextmanager
+def replacing(path: Path):
+    """A name to write to, renamed to path once all is on the disk; if that fails, path stays."""
+    part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
+    with explained((OSError, RuntimeError, SafetensorError), f"{path}: can't be written"):
+        shutil.rmtree(part, ignore_errors=True)
+        yield part
+        for file in [file for file in part.rglob("*") if file.is_file()] or [part]:
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        if part.is_dir() and path.exists():  # a folder can't be renamed to one that has files
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(part, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, content) -> None:
+    """Write JSON, all of it or nothing."""
     if rank() == 0:
-        plot_pass_at_k(out, config.cot, config.eval_tasks[0])
-    name = next(iter(before))
-    return f"{name} {before[name]:.3f} -> {after[name]:.3f} {last}, figures and tables in {out}"
+        with replacing(path) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def main(arguments: Optional[list[str]] = None) -> int:
-    """Parse, run, and turn a user's mistake into one line and exit status 2, a signal into 0.
-
-    With the environment variable SOFTCOT_DEBUG set, mistakes have their tracebacks."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        config = parse(arguments)
-        print(run(config))
-    except UserError as error:
-        if os.environ.get("SOFTCOT_DEBUG"):
-            raise
-        who = f"process {rank()}" if rank() else "softcot.py: error"
-        print(f"{who}: {error}", file=sys.stderr)
-        return 2
-    except Stopped:
-        again = [] if config.resume or config.eval_only else ["--resume"]
-        print("Stopped. To go on:", shlex.join(["python", "softcot.py", *arguments, *again]))
-    return 0
+def append_jsonl(path: Path, row: dict) -> None:
+    """Add one object as one line, in one piece."""
+    if rank() == 0:
+        with explained(OSError, f"{path}: can't be written"), open(path, "ab", buffering=0) as file:
+            file.write(json.dumps(row).encode() + b"\n")
 
 
-# ---- 13. Several processes: torchrun ------------------------------------------------------------
+def read_log(path: Path, keep: Callable[[dict], bool] = lambda row: True) -> list[dict]:
+    """The objects of a log; what is not to be kept, or was cut short by a kill, leaves the file."""
+    text = path.read_bytes() if path.exists() else b""
+    rows = [row for row in map(json.loads, text.split(b"\n")[:-1]) if keep(row)]
+    kept = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    if kept != text and rank() == 0:
+        with replacing(path) as part:
+            part.write_bytes(kept)
+    return rows
+
+
+def save_state(path: Path, policy: Policy, optimizer, schedule, step: int, best: float) -> None:
+    """Save all that --resume needs; data order and noise follow from (seed, step) alone."""
+    model, moments = states.get_state_dict(policy.model, optimizer, options=WHOLE)
+    state = {"model": model, "optimizer": moments, "schedule": schedule.state_dict()}
+    if rank() == 0:
+        with replacing(path) as part:
+            torch.save({**state, "step": step, "best": best}, part)
+
+
+def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, float]:
+    """Put a saved state back; return the step it was saved after and the best score till then."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    states.set_state_dict(policy.model, optimizer, model_state_dict=state["model"],
+                          optim_state_dict=state["optimizer"], options=WHOLE)
+    schedule.load_state_dict(state["schedule"])
+    return state["step"], state["best"]
+
+
+# ---- 12. Several processes: torchrun ------------------------------------------------------------
 # The same program in several processes, each with its share of the rows of every batch. FSDP2
 # splits weights, gradients and moments over them; for sampling the weights are whole in each. All
 # go through the same steps, so none waits for another in vain; rank 0 alone writes and speaks.
+# The same program in several processes, each with its share of the rows of every batch. FSDP2
+# splits weights, gradients and moments over them; for sampling the weights are whole in each. All
+# go through the same steps, so none waits for another in vain; rank 0 alone writes and speaks.
+
 def several() -> bool:
     """Whether torchrun started this process and others."""
     return dist.is_initialized()
@@ -2005,6 +1725,335 @@ def merged(x, N: int):
     if isinstance(x, list):
         return rows
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(x.device)
+
+
+# ---- 13. Mistakes and signals -------------------------------------------------------------------
+# A mistake of the user's ends in one line, a signal at the next good moment.
+
+class UserError(Exception):
+    """A mistake of the caller's; main() prints its one line of explanation, not a traceback."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM came, and what had been done by then is saved."""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise UserError(message) unless ok."""
+    if not ok:
+        raise UserError(message)
+
+
+@contextmanager
+def explained(errors, message: str):
+    """Turn one of these errors, which a user can cause, into UserError: message (first line)."""
+    try:
+        yield
+    except errors as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{message} ({reason})") from error
+
+
+SIGNALS = []  # SIGINT and SIGTERM that came while noted_signals() was at work
+
+
+@contextmanager
+def noted_signals():
+    """Within, SIGINT and SIGTERM are only noted, for stopping(); a second one stops at once.
+
+    Does nothing outside of the main thread, where signals do not come."""
+    def note(number, _):
+        SIGNALS.append(number)
+        # torchrun hands each signal on more than once: there the second one is not the user's
+        signal.signal(number, signal.SIG_IGN if several() else signal.default_int_handler)
+
+    SIGNALS.clear()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stopping() -> bool:
+    """Whether a signal came to any process; asked after each step and batch of evaluation."""
+    return any(gather(bool(SIGNALS)))
+
+
+# ---- 14. Configuration and main -----------------------------------------------------------------
+# One flag a field; what is left out is filled in from the task, the mode and the machine.
+
+def option(default, text: str):
+    """A Config field with the help text that --help prints."""
+    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**how, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on; None stands for the default of the task or mode."""
+
+    model: Optional[str] = option(None, "hub id or folder of a causal LM (default: toy)")
+    task: str = option("toy", "toy | gsm8k | math | deepscaler | FILE.jsonl with question, answer")
+    cot: Literal["soft", "fuzzy", "hard"] = option("soft", "what the CoT is made of in training")
+    steps: Optional[int] = option(None, "gradient steps, one rollout each")
+    prompts: Optional[int] = option(None, "B: prompts a step")
+    samples: Optional[int] = option(None, "G: samples of each prompt")
+    max_cot: Optional[int] = option(None, "longest CoT in tokens, in training")
+    max_answer: Optional[int] = option(None, "longest answer in tokens")
+    eval_max_cot: Optional[int] = option(None, "longest CoT in tokens, in evaluation")
+    lr: Optional[float] = option(None, "peak learning rate of AdamW")
+    warmup: int = option(20, "steps of linear warm-up before the cosine decay")
+    tau: Optional[float] = option(None, "temperature of the CoT's token distribution")
+    sigma_scale: Optional[float] = option(None, "noise, in units of the RMS of what it is added to")
+    noise_at: Literal["embedding", "hidden", "logits", "topk-logits"] = option(
+        "embedding", "what the noise is added to; all but embedding are ablations")
+    seed: int = option(0, "seed of data order, noise and sampling")
+    out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-MODEL-COT-sSEED)")
+    data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
+    resume: bool = option(False, "continue the run in --out-dir from its last saved state")
+    eval_only: bool = option(False, "evaluate --model, train nothing")
+    eval_tasks: list[str] = option([], "also math500 olympiadbench hellaswag mmlu arc")
+    eval_settings: list[str] = option(list(SETTINGS), f"some of: {' '.join(SETTINGS)}")
+    eval_k: Optional[int] = option(None, "k: samples a problem in evaluation, for pass@k")
+    eval_limit: Optional[int] = option(None, "test problems to evaluate; 0 skips all evaluation")
+    micro_batch: Optional[int] = option(
+        None, "tokens in one backward pass (default: as many as the memory has room for)")
+    gradient_checkpointing: bool = option(False, "run layers again in the backward pass: memory")
+    dtype: Optional[Literal["fp32", "bf16-mixed", "bf16"]] = option(
+        None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic")
+    device: Optional[str] = option(None, "cuda, mps or cpu (default: the first that is there)")
+    threads: Optional[int] = option(None, "CPU threads (default: 1 for the toy, else PyTorch's)")
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if type(value) is int:
+                low = {"samples": 2, "warmup": 0, "seed": 0, "eval_limit": 0}.get(name, 1)
+                require(value >= low, f"{flag(name)} {value} is too small: give {low} or more")
+            if type(value) is float:
+                require(0 < value < math.inf, f"{flag(name)} {value}: give a positive number")
+        tasks = [*TASKS, "FILE.jsonl"]
+        for where, names, choices in [("--task", [self.task], tasks),
+                                      ("--eval-tasks", self.eval_tasks, [*tasks, *CHOICES]),
+                                      ("--eval-settings", self.eval_settings, [*SETTINGS])]:
+            for name in names:
+                ok = name in choices or name.endswith(".jsonl") and "FILE.jsonl" in choices
+                require(ok, f"{where} {name} is unknown: choose from {', '.join(choices)}")
+        mistakes = {  # what to say: whether it is so
+            f"--task {self.task} has no training problems: add --eval-only, or name another task":
+                not self.eval_only and not task_named(self.task).train,
+            "--sigma-scale and --noise-at have no use with --cot hard: leave them out":
+                self.cot == "hard" and (self.sigma_scale or self.noise_at != "embedding"),
+            f"--task {self.task} needs a pretrained model: add --model, a hub id or a folder":
+                self.task != "toy" and self.model is None,
+            "--resume continues training, --eval-only trains nothing: leave one out":
+                self.eval_only and self.resume,
+            "--eval-limit 0 skips all evaluation, --eval-only does nothing else: leave one out":
+                self.eval_only and self.eval_limit == 0,
+        }  # fmt: skip
+        for message, made in mistakes.items():
+            require(not made, message)
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a Config field."""
+    return "--" + name.replace("_", "-")
+
+
+def settings_of(config: Config) -> dict[str, Setting]:
+    """The table above; --tau, --sigma-scale and --noise-at change the rows of the mode --cot."""
+    cot, tau, noise = config.cot, config.tau, (config.sigma_scale or 0.0, config.noise_at)
+    greedy = Setting(cot, 0.0 if cot == "hard" else tau, 0.0)
+    return SETTINGS | {f"{cot}_greedy": greedy, f"{cot}_sample": Setting(cot, tau, *noise)}
+
+
+def filled(config: Config) -> tuple[Config, str]:
+    """Config with the defaults of task, mode and machine for None, and a line that tells them."""
+    task = task_named(config.task)
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    device = config.device or ("cuda" if cuda else "mps" if mps else "cpu")
+    with explained((RuntimeError, AssertionError), f"--device {device} can't be used here"):
+        torch.empty(0, device=device)
+    slow = f"--dtype {config.dtype}: this GPU has no bf16; leave it out, fp32 is taken then"
+    emulated = device.startswith("cuda") and "bf16" in str(config.dtype) and not has_bf16(device)
+    require(not emulated, slow)
+    mode = SETTINGS[f"{config.cot}_sample"]
+    defaults = {
+        **task.defaults,
+        **{"lr": lr for name, lr in PAPER_LR.items() if name in (config.model or "").lower()},
+        "tau": task.fuzzy_tau if config.cot == "fuzzy" else mode.tau,
+        "sigma_scale": mode.noise or None,
+        "eval_tasks": [task.test_on or config.task],
+        "out_dir": default_folder(config),
+        "device": device,
+        "dtype": "bf16-mixed" if has_bf16(device) else "fp32",
+        # threads wait for each other: for so small a model two are slower on a busy machine
+        "threads": 1 if config.model is None else torch.get_num_threads(),
+    }
+    if config.max_cot is not None:
+        defaults["eval_max_cot"] = config.max_cot
+    new = {k: v for k, v in defaults.items() if getattr(config, k) in (None, []) and v is not None}
+    words = (f"{flag(k)} {' '.join(v) if isinstance(v, list) else v}" for k, v in new.items())
+    return dataclasses.replace(config, **new), f"filled in: {' '.join(words)}"
+
+
+def default_folder(config: Config) -> str:
+    """runs/TASK-MODEL-COT-sSEED, or runs/TASK-MODEL-eval; the toy has no model's name."""
+    path = Path(config.model or "")
+    model = path.parent.name if path.name == "model" else path.name
+    end = "eval" if config.eval_only else f"{config.cot}-s{config.seed}"
+    return "runs/" + "-".join(part for part in (Path(config.task).stem, model, end) if part)
+
+
+def parse(arguments: list[str]) -> Config:
+    """Config from command-line arguments; UserError on an unknown flag or a bad value."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0])
+    parser.error = partial(require, False)  # argparse's own prints the usage and exits
+    for field in dataclasses.fields(Config):
+        how, kind = {"help": field.metadata["help"]}, typing.get_type_hints(Config)[field.name]
+        if typing.get_origin(kind) is typing.Union:  # Optional[kind]
+            kind = typing.get_args(kind)[0]
+        if kind is bool:
+            how["action"] = "store_true"
+        elif typing.get_origin(kind) is Literal:
+            how["choices"] = typing.get_args(kind)
+        elif kind == list[str]:
+            how["nargs"] = "+"
+        else:
+            how["type"] = kind
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **how)
+    return Config(**vars(parser.parse_args(arguments)))
+
+
+MAY_CHANGE = "eval_tasks eval_settings eval_k micro_batch gradient_checkpointing threads device"
+
+
+def check_folder(config: Config, out: Path) -> None:
+    """UserError if --out-dir must not be written to: nothing that is there may get lost.
+
+    A resumed run must be there, with the same settings but for MAY_CHANGE."""
+    there, new = out / "config.json", dataclasses.asdict(config) | {"resume": False}
+    old = json.loads(there.read_bytes()) if there.is_file() else {}
+    if config.model and Path(config.model).exists():
+        model, folder = Path(config.model).resolve(), out.resolve()
+        apart = model not in (folder, *folder.parents)
+        apart = apart and (config.eval_only or folder not in model.parents)
+        require(apart, f"--out-dir {out} and --model {config.model} are in each other: change one")
+    if config.resume:
+        require(old, f"--resume: {out} holds no run; leave --resume out")
+        new["out_dir"] = old["out_dir"]  # it may have moved
+        changed = [flag(k) for k in new if k not in MAY_CHANGE.split() and new[k] != old.get(k)]
+        require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
+    elif config.eval_only:
+        own = old.get("model") == config.model or trained_here(config, out)
+        name = old.get("model") or "the toy"
+        require(not old or own, f"--out-dir {out} is of another model, {name}: name another folder")
+    else:
+        files = [name for name in ("config.json", "eval.json", *LOGS) if (out / name).exists()]
+        ways = "--resume goes on with it, another --out-dir starts a new one"
+        require(not files, f"--out-dir {out} holds a run already ({', '.join(files)}): {ways}")
+
+
+def trained_here(config: Config, out: Path) -> bool:
+    """Whether --model is what a run in this folder has trained."""
+    return bool(config.model) and Path(config.model).resolve() == (out / "model").resolve()
+
+
+def check_disk(policy: Policy, out: Path) -> None:
+    """Say what a run writes at most, if it is much; UserError if the disk has less."""
+    weights = sum(w.numel() * w.itemsize for w in policy.model.parameters())
+    most = 2 * (weights + 3 * weights)  # model and state, old and new while one replaces the other
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    size = f"{out} will take up to {most / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
+    require(most < free, f"{size}: name another --out-dir")
+    if most > 2**30:
+        print(size)
+
+
+WINDOW = 0.01, 0.85  # of the base's success with noise: at least; at most, in units of that without
+
+
+def noise_advice(config: Config, figures: dict[str, float]) -> str:
+    """What the base's success with the noise and without it says of --sigma-scale, or nothing.
+
+    Too little noise costs nothing: it changes no outcome, so there is nothing to compare. With too
+    much, too few are right to be rewarded. See results/README.md, where it was measured."""
+    names = [f"{config.task} {config.cot}_{how} pass@1" for how in ("greedy", "sample")]
+    if config.cot == "hard" or not all(name in figures for name in names):
+        return ""
+    without, with_noise = (figures[name] for name in names)
+    text = f"noise {config.sigma_scale:g}: success {with_noise:.3f}, without it {without:.3f}"
+    low, high = WINDOW
+    if with_noise < low:
+        return f"{text}: too much to find what is right; try a lower --sigma-scale"
+    if with_noise > high * without:
+        return f"{text}: perhaps too little to explore; see mixed_groups, or raise --sigma-scale"
+    return ""
+
+
+def run(config: Config) -> str:
+    """What the program does; returns its last line."""
+    config, filled_in = filled(config)
+    print(filled_in)
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.device == "cpu")  # same seed, same bits
+    out = Path(config.out_dir)
+    check_folder(config, out)
+    policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
+    problems, held_out, tests = load_data(policy, config)
+    if not config.eval_only:
+        check_disk(policy, out)
+    with explained(OSError, f"--out-dir {out}: can't be made"):
+        out.mkdir(parents=True, exist_ok=True)
+    if not (out / "config.json").exists() or config.resume:
+        write_json(out / "config.json", dataclasses.asdict(config) | {"resume": False})
+    results = out / "eval.json"
+    with noted_signals():
+        if config.eval_only:
+            stage = "trained" if trained_here(config, out) else "base"
+            evaluate_all(policy, config, tests, stage, results)
+            return f"Evaluated {config.model or 'the toy base'}: {results}"
+        before = evaluate_all(policy, config, tests, "base", results)
+        print(noise_advice(config, before))
+        train(policy, config, out, problems, held_out)
+        last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
+        if not tests:
+            return f"Not evaluated {last}"
+        del policy
+        gc.collect()  # of the model that was trained, before the best one is loaded
+        policy = load_policy(config, str(out / "model"))
+        after = evaluate_all(policy, config, tests, "trained", results)
+    if rank() == 0:
+        plot_pass_at_k(out, config.cot, config.eval_tasks[0])
+    name = next(iter(before))
+    return f"{name} {before[name]:.3f} -> {after[name]:.3f} {last}, figures and tables in {out}"
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    """Parse, run, and turn a user's mistake into one line and exit status 2, a signal into 0.
+
+    With the environment variable SOFTCOT_DEBUG set, mistakes have their tracebacks."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        config = parse(arguments)
+        print(run(config))
+    except UserError as error:
+        if os.environ.get("SOFTCOT_DEBUG"):
+            raise
+        who = f"process {rank()}" if rank() else "softcot.py: error"
+        print(f"{who}: {error}", file=sys.stderr)
+        return 2
+    except Stopped:
+        again = [] if config.resume or config.eval_only else ["--resume"]
+        print("Stopped. To go on:", shlex.join(["python", "softcot.py", *arguments, *again]))
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import weakref
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that read it
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread mostly waits, and actively
 
 import nbformat
 import numpy as np
@@ -470,7 +471,7 @@ def test_rounding_ruins_the_recomputed_gradient_and_not_that_of_the_noise(cot, t
     policy = wide_policy()
     r = rounded_rollout(policy, Setting(cot, tau, 0.33), seeds_for(12))
     exact = grads_of(policy, score_of_noise(policy, r))
-    assert softcot.log_probs(policy, r)[2].max() > 3  # sigma: there is a near-tie
+    assert softcot.log_probs(policy, r)[2].max() > 2  # sigma: there is a near-tie
     recomputed = grads_of(policy, recomputed_logp(policy, r))
     policy.mixed = True
     rounded = grads_of(policy, score_of_noise(policy, r))  # the loss in bf16, too
@@ -2618,7 +2619,8 @@ def test_ten_steps_without_finite_gradient_in_a_row_end_the_run(tiny_folder, tmp
 def test_a_run_that_cannot_learn_says_so_after_20_steps(tiny_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(softcot, "reward", lambda *_: 10.0)
     for steps, said in ((19, 0), (25, 1)):
-        assert tiny_run(tiny_folder, tmp_path, "--steps", str(steps), "--eval-limit", "0") == 0
+        out = tmp_path / str(steps)
+        assert tiny_run(tiny_folder, out, "--steps", str(steps), "--eval-limit", "0") == 0
         assert "".join(capsys.readouterr()).count("No group had mixed rewards") == said
 
 
@@ -2695,7 +2697,7 @@ def test_models_with_odd_vocabularies_and_tokenizers(tiny_folder, tmp_path, caps
     larger = changed_copy(tiny_folder, tmp_path / "a", lambda m, _: m.resize_token_embeddings(size + 7))
     assert tiny_run(larger, tmp_path / "out", "--steps", "2") == 0
     no_pad = changed_copy(tiny_folder, tmp_path / "b", lambda _, t: setattr(t, "pad_token", None))
-    assert tiny_run(no_pad, tmp_path / "out", "--steps", "2") == 0
+    assert tiny_run(no_pad, tmp_path / "out2", "--steps", "2") == 0
     smaller = changed_copy(tiny_folder, tmp_path / "c", lambda m, _: m.resize_token_embeddings(size - 7))
     assert "tokenizer" in one_line_error(capsys, ["--model", str(smaller)])
     no_end = changed_copy(tiny_folder, tmp_path / "d", lambda _, t: setattr(t, "eos_token", None))
@@ -2715,7 +2717,7 @@ def test_prompts_longer_than_the_context_are_skipped_or_named(tiny_folder, tmp_p
     arguments += "--max-answer 3 --eval-settings hard_greedy --eval-k 1".split()
     assert tiny_run(short, tmp_path / "out", *arguments, "--eval-max-cot", "9") == 0
     assert "problems skipped" in capsys.readouterr().out
-    assert tiny_run(short, tmp_path / "out", *arguments, "--eval-max-cot", "20") == 2
+    assert tiny_run(short, tmp_path / "out2", *arguments, "--eval-max-cot", "20") == 2
     assert "lower --max-cot, --eval-max-cot or --max-answer" in capsys.readouterr().err
 
 
@@ -2817,6 +2819,8 @@ def one_random_argument_line(tiny_folder, fuzz_folder, words):
     small = "--steps 1 --prompts 1 --samples 2 --max-cot 2 --max-answer 2 --eval-max-cot 2".split()
     small += ["--eval-limit", "1", "--eval-settings", "hard_greedy", "--model", str(tiny_folder)]
     errors = io.StringIO()
+    if "--resume" not in line:
+        shutil.rmtree(fuzz_folder, ignore_errors=True)
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         status = softcot.main([*small, *line, "--out-dir", str(fuzz_folder)])
     torch.set_num_threads(1)

@@ -99,9 +99,10 @@ def draw(rows: list[dict]) -> None:
         x, y = ([f(r) for r in some] for f in (share, lambda r: r["greedy"]))
         rule.plot(x, y, ".", color=color, markersize=8)
     base = np.mean([row["greedy_base"] for row in rows])
-    for axes, text in ((after, "after 100 steps"), (rule, "after 100 steps, by what noise costs")):
+    titles = ((after, "after 100 steps", 0.02), (rule, "after 100 steps, by what the noise costs", 0.5))
+    for axes, text, place in titles:
         axes.axhline(base, color="#7f7f7f", linestyle="--")
-        axes.annotate("base", (0.98, base), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        axes.annotate("base", (place, base), xycoords=("axes fraction", "data"), va="top")
         axes.set(title=text, ylabel="success, hard greedy", ylim=(-0.03, 1.05))
     for axes in (after, before):
         axes.set(xscale="log", xlabel="noise factor (sigma over RMS of the embeddings)")
@@ -109,7 +110,8 @@ def draw(rows: list[dict]) -> None:
         axes.minorticks_off()
     before.set(title="the base, before training", ylabel="success with noise / without")
     rule.axvspan(0, WINDOW[1], color="#009e73", alpha=0.12)
-    rule.set(xlabel="the base's success with noise / without (shaded: the rule)")
+    rule.set(xlabel="the base's success with noise / without")
+    rule.annotate("the rule", (WINDOW[1] / 2, 0.0), color="#009e73", ha="center")
     after.legend(fontsize=8)
     for axes in (after, before, rule):
         axes.grid(alpha=0.3)
@@ -119,7 +121,7 @@ def draw(rows: list[dict]) -> None:
 def table(rows: list[dict]) -> None:
     """Print each width and factor, mean ± deviation over seeds, and how often the rule was right."""
     print("| D | noise | base: without noise, with | groups mixed | training, first ten, last ten |"
-          " hard greedy, base | after | learn | rule: inside |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+          " hard greedy, base | after | learn | inside |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for key in sorted({(row["width"], row["factor"]) for row in rows}):
         some = [row for row in rows if (row["width"], row["factor"]) == key]
         mean = {name: np.mean([row[name] for row in some]) for name in some[0]}
@@ -134,6 +136,9 @@ def table(rows: list[dict]) -> None:
         right = sum(inside(row) == learns(row) for row in some)
         wrong = [(r["width"], r["factor"], r["seed"]) for r in some if inside(r) != learns(r)]
         print(f"\nThe rule is right in {right} of {len(some)} runs {name}; not in {wrong}")
+        for where in (True, False):
+            group = [learns(row) for row in some if inside(row) == where]
+            print(f"{'inside' if where else 'outside'}: {sum(group)} of {len(group)} learn")
 
 
 def main(arguments=None) -> None:
