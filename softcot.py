@@ -136,7 +136,7 @@ def entropy(logits: Tensor) -> Tensor:
 def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
     """x ~ softmax(logits / tau) by inverting its distribution function at u   (eq 4).
 
-    logits [N, V], u [N] uniform in [0, 1) -> ids [N]; tau = 0 takes the arg-max. One number a row
+    logits [N, V], u [N] uniform in (0, 1) -> ids [N]; tau = 0 takes the arg-max. One number a row
     (rather than V, as torch.multinomial draws) lets each row own its random stream."""
     if tau == 0:
         return logits.argmax(-1)
@@ -177,7 +177,7 @@ def next_input(policy: Policy, hidden, setting: Setting, E, sigma, eps, u) -> Pa
     """The next CoT input, made from the last hidden state.
 
     hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6).
-    hidden [N, H], E [V, D], eps [N, K] normal (None: no noise), u [N] in [0, 1). It looks at no
+    hidden [N, H], E [V, D], eps [N, K] normal (None: no noise), u [N] in (0, 1). It looks at no
     value, so that a GPU can replay it: sigma is a tensor []."""
     logits = policy.head(hidden)  # [N, V]
     nats = entropy(logits)  # [N]
@@ -223,13 +223,13 @@ def row_seeds(labels: list[tuple[int, ...]]) -> Tensor:
 
 
 def draw(seeds: Tensor, T: int, A: int, K: int) -> tuple[Tensor, Tensor]:
-    """Every random number of a rollout: u [N, T+A] uniform, eps [N, T, K] normal (K may be 0).
+    """Every random number of a rollout: u [N, T+A] in (0, 1), eps [N, T, K] normal (K may be 0).
 
     Row n depends on seeds[n] alone: neither its neighbours nor the batch size can change it. Each
     position has 2^20 words of its own: one for u, the others for two eps each (Box and Muller)."""
     position = torch.arange(T + A, device=seeds.device) << 20
     pair = torch.arange((K + 1) // 2, device=seeds.device) + 1
-    u = unsigned_shift(random_words(seeds, position), 40) * 2.0**-24
+    u = unsigned_shift(random_words(seeds, position), 41) * 2.0**-23 + 2.0**-24  # not 0, not 1
     words = random_words(seeds, position[:T, None] + pair)  # [N, T, K/2], 2 x 32 bits each
     radius = (-2 * (((words & 0xFFFFFFFF) + 1) * 2.0**-32).log()).sqrt()
     angle = unsigned_shift(words, 32) * (2 * math.pi * 2.0**-32)
@@ -317,8 +317,11 @@ class Policy:
 
     def tokenize(self, texts: list[str], special=True) -> tuple[Tensor, Tensor]:
         """Padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
-        how = dict(padding=True, padding_side="right", return_tensors="pt")
-        batch = self.tokenizer(texts, add_special_tokens=special, **how).to(self.model.device)
+        rows = self.tokenizer(texts, add_special_tokens=special).input_ids
+        # some tokenizers end each text: then the model would not go on with it
+        rows = [row[:-1] if len(row) > 1 and row[-1] in self.ends else row for row in rows]
+        how = dict(padding_side="right", return_tensors="pt")
+        batch = self.tokenizer.pad({"input_ids": rows}, **how).to(self.model.device)
         return batch.input_ids, batch.attention_mask.bool()
 
     @cached_property
@@ -1525,6 +1528,9 @@ def load_policy(config: Config, source: str) -> Policy:
             module.forward = partial(recompute, module.forward, use_reentrant=False)
     how = (config.dtype == "bf16-mixed", config.gradient_checkpointing)
     policy = Policy(model.to(config.device).eval(), tokenizer, *how)
+    again = policy.decode(tokenizer(STOP + BOX, add_special_tokens=False).input_ids)
+    lost = f"--model {source}: its tokenizer makes {again!r} of the stop phrase {STOP + BOX!r}"
+    require(STOP.strip() in again and BOX in again, lost)
     unfit = f"--model {source} does not fit soft tokens; SOFTCOT_DEBUG=1 shows where"
     with explained((*LOADING, TypeError, AttributeError, AssertionError), unfit):
         rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
@@ -1565,7 +1571,8 @@ def check_policy(policy: Policy, close: float) -> None:
             plain = model.base_model(inputs_embeds=kept, use_cache=False).last_hidden_state[0]
             alike(hidden[row, real[row]], plain, "hidden states")
         logits, head = model(inputs_embeds=kept, use_cache=False).logits[0], policy.head(plain)
-        require(head.shape == logits.shape, "its head gives another number of logits")
+        assert head.shape == logits.shape, "the head gives another number of logits"
+        assert logits.shape[-1] <= len(E), "the head knows tokens that have no embedding"
         factor = ((logits.float() * head).sum() / head.square().sum()).item()
         policy.logit_scale = factor if abs(factor - 1) > close else 1.0
         alike(policy.head(plain), logits, "logits")
