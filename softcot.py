@@ -1238,11 +1238,50 @@ PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32}
 PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512, "eval_limit": 128}
 
 
+# What is said around a number, as (pattern, what it becomes), in this order
+SPELLINGS = (
+    (r"[\u2212\u2013\u2014]", "-"),  # minus, and dashes that stand for it
+    (r"\\\$|\$|\\left|\\right|\^\{?\\circ\}?|°", ""),
+    (r"(?<=\d)(?:,\\!|\{,\}|\\[,!]|[, ])(?=\d{3}(?!\d))", ""),  # thousands: 1,200 and 1\,200
+    (r"\\[dt]?frac *(?:\{ *([\d.]+) *\}|(\d)) *(?:\{ *([\d.]+) *\}|(\d))", r" \1\2/\3\4 "),
+    (r"\\(?:text|mathrm|mbox|textbf|mathbf|boldsymbol) *\{([^{}]*\d[^{}]*)\}", r" \1 "),
+    (r"\\(?:text|mathrm|mbox|textbf|mathbf) *\{[^{}]*\}(?:\^\{?\d\}?)?", " "),  # a unit
+    (r"\\%", "%"),
+    (r"\\[,;:! ]|~", " "),
+    (r"(?i)^ *(?:[a-z' ]*(?:\bis|\bare|:))? *(?:minus|negative)\b", "-"),
+    (r"(?i)^ *[a-z' ]*(?:\bis|\bare|:) +", ""),  # the answer is 18
+    (r"^[^<>=]*[^<>=!]=(?!=)", ""),  # 9 + 9 = 18
+    (r"(?<=[\d\w.]) +\([^()]*\) *$", ""),  # 18 (9 + 9)
+    (r"^ *\((.*)\) *$", r"\1"),
+)
+NUMBER = re.compile(
+    r" *(?P<sign>[-+]?) *"
+    r"(?:(?:(?P<whole>\d+) +)?(?P<upper>\d+\.?\d*|\.\d+) */ *(?P<lower>\d+\.?\d*)"
+    r"|(?P<number>\d+\.?\d*|\.\d+)"
+    r"(?:(?: *(?:\\times|\\cdot|×|\*) *10 *\^ *\{? *|[eE])(?P<power>[-+]?\d+) *\}?)?)"
+    r"(?! +[xyznie]\b)(?: *%| +[A-Za-z][A-Za-z'./²³-]*)*[ .,;]*"  # units, but 18 x is no number
+)
+FACTORS = re.compile(r"(?i)\b(?:hundred|thousand|[mb]illion|dozen|half|third|quarter|k)\b")
+
+
 def parse_number(text: str) -> Optional[float]:
-    """The number that an answer states, or None: `\\$1,200.00` -> 1200.0, `18 apples` -> 18.0."""
-    text = re.sub(r"(?<=[0-9])(,|\{,\}|\\!|,\\!)(?=[0-9]{3})", "", text).replace("\u2212", "-")
-    found = re.findall(r"[-+]?\$?(?:[0-9]+\.?[0-9]*|\.[0-9]+)", text.replace("\\$", "$"))
-    return float(found[0].replace("$", "")) if len(found) == 1 else None
+    """The number that an answer states, or None: `\\$1,200.00` -> 1200.0, `18 apples` -> 18.0.
+
+    What is not surely one number is none: a wrong answer that is rewarded would be learnt."""
+    for pattern, new in SPELLINGS:
+        text = re.sub(pattern, new, text)
+    found = NUMBER.fullmatch(text)
+    if not found or FACTORS.search(text):
+        return None
+    part = {name: float(value) for name, value in found.groupdict("0").items() if name != "sign"}
+    if found["upper"]:
+        if part["lower"] == 0:
+            return None
+        value = part["whole"] + part["upper"] / part["lower"]
+    else:
+        value = part["number"] * 10.0 ** min(part["power"], 300)
+    value = -value if found["sign"] == "-" else value
+    return value if math.isfinite(value) else None
 
 
 def same_number(answer: str, gold: str) -> bool:
@@ -1252,7 +1291,7 @@ def same_number(answer: str, gold: str) -> bool:
 
 
 JUDGE = r"""
-import json, sys
+import json, math, re, sys
 from math_verify import parse, verify
 
 try:
@@ -1260,19 +1299,46 @@ try:
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes; 9^9^9^9 wants more
 except (ImportError, ValueError, OSError):
     pass  # Windows has no such limit, macOS refuses it
+
+def read(text):
+    return parse("\\boxed{%s}" % text, parsing_timeout=None)
+
+def same(answer, gold):
+    gold, _, tolerance = gold.partition(" within ")
+    a, g = read(answer), read(gold)
+    if not verify(g, a, timeout_seconds=None):
+        return bool(tolerance) and abs(float(a[0]) - float(g[0])) <= float(tolerance) * (1 + 1e-9)
+    bases = [re.findall(r"(?<=\d)_\{?(\d+)", text) for text in (answer, gold)]
+    if bases[0] != bases[1] and all(bases):
+        return False  # 12_8 is not 12_7
+    if ("\\{" in answer) != ("\\{" in gold) and "(" in answer + gold:
+        return False  # a set is not a point
+    for part in answer.split("=")[:-1] if "=" not in gold else ():
+        names = re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", part))
+        if not names and not verify(g, read(part), timeout_seconds=None):
+            return False  # 1 = 2 is not 2
+    try:
+        return math.isclose(float(a[0]), float(g[0]), rel_tol=1e-3)  # tiny ones count as 0 there
+    except (TypeError, ValueError):
+        return True  # not a number
+
 print("ready", flush=True)
 for line in sys.stdin:
     try:
-        answer, gold = json.loads(line)
-        gold, _, tolerance = gold.partition(" within ")
-        a, g = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in (answer, gold))
-        equal = verify(g, a, timeout_seconds=None)
-        if tolerance and not equal:
-            equal = abs(float(a[0]) - float(g[0])) <= float(tolerance) * (1 + 1e-9)
+        equal = same(*json.loads(line))
     except Exception:  # what cannot be read is not the answer
         equal = False
     print(json.dumps(bool(equal)), flush=True)
 """  # a program of its own: for each line [answer, gold] it prints whether they are equal
+
+TIDY = (  # what Math-Verify does not read, as (pattern, what it becomes)
+    (r"°", r"^\\circ"),
+    (r"\\(?:boldsymbol|mathbf|textbf|bm) *\{([^{}]*)\}", r"\1"),
+    (r"\\text *\{[^{}]*: *\}", ""),  # Answer:
+    (r"(?<=\d)\\[,!](?=\d{3}(?!\d))", ""),  # 10\,000
+    (r"^ *(\d+) +(\d+)/(\d+) *$", r"\1\\frac{\2}{\3}"),  # 1 1/4
+    (r"(?:\\|[,;.\s])+$", ""),
+)
 
 
 class Grader:
@@ -1282,7 +1348,9 @@ class Grader:
 
     def equal(self, answer: str, gold: str) -> bool:
         """Whether two LaTeX answers are equal; False, and counted, if that takes too long."""
-        answer, gold = (text.strip().removesuffix(".") for text in (answer, gold))
+        for pattern, new in TIDY:
+            answer, gold = (re.sub(pattern, new, text.strip()) for text in (answer, gold))
+        answer = answer.translate({0xFF10 + digit: str(digit) for digit in range(10)})  # wide ones
         if answer == gold:
             return True
         if self.process is None or self.process.poll() is not None:

@@ -1131,6 +1131,55 @@ def test_rewards_are_100_for_right_10_for_boxed_and_0_otherwise(answer, gold, ex
     assert softcot.reward(answer, gold, softcot.same_number) == expected
 
 
+SAME_NUMBERS = [
+    ("-5", "–5"), ("-5", "- 5"), ("-5", "minus 5"), ("20", r"20 \text{ m}^2"),
+    ("1200", r"1\,200"), ("1200", "1 200"), ("1200", "1.2e3"), ("1200", r"1.2 \times 10^3"),
+    ("1200", r"1.2 \times 10^{3}"), ("18", "9+9=18"), ("18", r"\frac{36}{2}"),
+    ("18", "18 (9 + 9)"), ("0.5", "1/2"), ("0.5", r"\frac12"), ("3.5", r"3\frac{1}{2}"),
+    ("3.5", "3 1/2"), ("1200", r"\$1,200.00"), ("18", "18 apples"), ("18", "$18"),
+    ("18", r"\text{Answer: }18"), ("18", "The answer is 18."), ("18", "18."), ("36", r"36^\circ"),
+    ("36", "36°"), ("50", r"50\%"), ("50", "50%"), ("1234567", "1,234,567"), ("1000", "1{,}000"),
+    ("-3", "-$3"), ("-3", "$-3"), ("18", "x = 18"), ("18", r"\textbf{18}"),
+    ("18", "18 miles per hour"), ("18", "(18)"), ("0.75", ".75"), ("18", "18.00"), ("18", "+18"),
+    ("18", " 18 "), ("18", r"18 \text{ dollars}"), ("2.5", "2.5 hours"), ("18", "18 m/s"),
+]  # fmt: skip
+OTHER_NUMBERS = [  # or no number, or nobody knows: then it is not rewarded
+    ("5", "- 5"), ("5", "–5"), ("5", "minus 5"), ("18", "18k"), ("16", r"16\pi"),
+    ("16", r"\sqrt{16}"), ("16", "16!"), ("16", "e^{16}"), ("16", ">16"), ("16", r"\geq 16"),
+    ("16", ">=16"), ("16", r"\$16 million"), ("18", "18 thousand"), ("18", "more than 18"),
+    ("18", "18 x"), ("18", "x18"), ("18", "18 or 19"), ("18", "18, 19"), ("5", "5^2"),
+    ("2", "1/0"), ("18", r"18\times 2"), ("18", "18/"), ("18", ""), ("18", "18.5"), ("3", "3:30"),
+    ("18", "two"), ("16", r"16 \pi"), ("16", "16i"), ("7", "7-8"), ("100", "10^2 apples 3"),
+    ("18", "18 = 19"), ("18", "about 18 k"), ("18", "18 and a half"), ("5", "5e"), ("1", "1e400"),
+    ("0.5", "50%"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("gold, answer", SAME_NUMBERS)
+def test_a_number_is_the_same_however_it_is_written(gold, answer):
+    assert softcot.same_number(answer, gold)
+
+
+@pytest.mark.parametrize("gold, answer", OTHER_NUMBERS)
+def test_what_is_not_surely_the_same_number_is_not(gold, answer):
+    assert not softcot.same_number(answer, gold)
+
+
+@pytest.mark.parametrize(
+    "gold, answer, equal",
+    [
+        ("2", "1 = 2", False), ("2", "x = 3 = 2", False), ("2", "1+1 = 2", True), ("2", "x = 2", True),
+        ("2516_8", "2516_7", False), ("2516_8", "2516_8", True), ("(1,2)", r"\{1,2\}", False),
+        ("0.0000001", "0.0000002", False), (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", False),
+        (r"36^\circ", "36°", True), ("42", "42,", True), ("42", "42\\\\", True), ("42", "42\\ ", True),
+        ("42", r"\boldsymbol{42}", True), ("42", r"\text{Answer: }42", True), ("10000", r"10\,000", True),
+        ("5/4", "1 1/4", True), ("5", r"5 \text{ m/s}", True), ("69,84", "84, 69", True),
+    ],
+)  # fmt: skip
+def test_math_verify_is_corrected_where_it_can_be(gold, answer, equal):
+    assert softcot.GRADER.equal(answer, gold) == equal
+
+
 def test_a_box_is_read_to_its_own_closing_brace():
     assert softcot.boxed("\\frac{1}{2}} and {more}") == "\\frac{1}{2}"
     assert softcot.boxed("\\{1, 2\\}}") == "\\{1, 2\\}"
@@ -1179,7 +1228,6 @@ LATEX = [
 MISJUDGED = {
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \frac\pi2)"),
     ("11\\sqrt{2}", "11√2"),
-    ("2", "２"),
 }
 
 
