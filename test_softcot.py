@@ -1807,7 +1807,7 @@ def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_pape
     def run_folder(name, model, cot, seed, base, trained, nll):
         folder = tmp_path / name
         folder.mkdir()
-        config = {"model": model, "task": "gsm8k", "cot": cot, "seed": seed}
+        config = {"model": model, "task": "gsm8k", "cot": cot, "seed": seed, "sigma_scale": None}
         (folder / "config.json").write_text(json.dumps(config))
         rows = [
             {"stage": stage, "task": "gsm8k", "setting": "hard_greedy", "n": 1, "k": {"1": score}}
@@ -1829,13 +1829,19 @@ def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_pape
     cells = [[c.strip() for c in line.split("|")[3:-1]] for line in printed.decode().splitlines()]
     sd = np.std([80, 81], ddof=1)
     base, hard, soft = "70.00 ± 0.00 (2) [paper 71.4]", "60.00 [paper 75.9]", f"80.50 ± {sd:.2f} (2)"
-    greedy = ["gsm8k", "hard_greedy", "pass@1", base, hard, "- [paper 76.7]", soft + " [paper 77.2]"]
+    greedy = ["gsm8k", "hard_greedy", "pass@1", "", base, hard, "- [paper 76.7]", soft + " [paper 77.2]"]
     assert cells[2] == greedy
     many = [row for row in cells if row[1:3] == ["hard_sample", "pass@32"]]
-    assert many[0][3:] == [
+    assert many[0][4:] == [
         "- [paper 82.0]", "75.00 [paper 72.4]", "- [paper 83.2]", "75.00 ± 0.00 (2) [paper 84.8]"
     ]  # fmt: skip
-    assert ["arc", "teacher_forced", "NLL", "2.00 ± 0.00 (2)", "-", "-", "-"] in cells
+    assert ["arc", "teacher_forced", "NLL", "", "2.00 ± 0.00 (2)", "-", "-", "-"] in cells
+    config = read_json(tmp_path / "soft1" / "config.json") | {"sigma_scale": 1.0}
+    (tmp_path / "soft1" / "config.json").write_text(json.dumps(config))  # not the same run any more
+    printed = subprocess.run([*command, *runs], capture_output=True, check=True).stdout.decode()
+    values = [line.split("|")[6:11:4] for line in printed.splitlines() if "gsm8k | hard_greedy" in line]
+    found = [[cell.strip().partition(" [")[0] for cell in row] for row in values]
+    assert found == [["", "-"], ["--sigma-scale None", "80.00"], ["--sigma-scale 1.0", "81.00"]]
     assert not any("pass@2" in row for row in cells)
     failed = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "config.json" in failed.stderr

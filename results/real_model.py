@@ -215,11 +215,13 @@ def report(out: Path) -> None:
         steps, kl, greedy, one, most = zip(*points)
         for axes, x, y in zip(panels, (steps, one, kl), (greedy, most, most)):
             axes.plot(x, y, "o-", markersize=4, color=STYLE[run[0]], alpha=0.8)
-        panels[0].plot([], [], color=STYLE[run[0]], label=" ".join(map(str, run)))
+    most_k = rows[0]["hard_sample"]["n"]
+    for name in dict.fromkeys(row["run"] for row in rows):
+        panels[1].plot([], [], color=STYLE[name], label=name)
     panels[0].set(xlabel="step", ylabel="hard greedy pass@1")
-    panels[1].set(xlabel="hard sample pass@1", ylabel="hard sample pass@most")
-    panels[2].set(xlabel="KL from the base (nats a token)", ylabel="hard sample pass@most")
-    panels[0].legend(fontsize=7)
+    panels[1].set(xlabel="hard sample pass@1", ylabel=f"hard sample pass@{most_k}")
+    panels[2].set(xlabel="KL from the base (nats a token)", ylabel=f"hard sample pass@{most_k}")
+    panels[1].legend(fontsize=8, loc="lower right")
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.savefig(out / "report.png", dpi=110)

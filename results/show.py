@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+FILES = ("config.json", "eval.json")  # what a finished run has
+OWN = ("seed", "out_dir", "resume", "threads", "device", "eval_tasks", "eval_settings")  # of each run
 COLORS = {"base": "#7f7f7f", "hard": "#0072b2", "soft": "#d55e00", "fuzzy": "#009e73"}
 
 
@@ -28,7 +30,7 @@ def plot_curves(out: Path, cot: str) -> None:
         axes.plot(steps[width - 1 :], smooth, color=COLORS[cot])
         axes.set(xlabel="step", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{cot} training; thick line: mean of {width} steps")
+    figure.suptitle(f"{cot} training, sampled as {cot}_sample; thick line: mean of {width} steps")
     figure.savefig(out / "curves.png", dpi=110)
 
 
@@ -61,29 +63,34 @@ def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
 
 
 def report(folders: list[str]) -> str:
-    """A Markdown table of runs, in %, NLL in nats a token: mean ± deviation (seeds) [the paper's].
+    """A Markdown table of runs, in %, NLL in nats a token: mean ± deviation (runs) [the paper's].
 
-    A base that several runs evaluated with one seed counts once. OSError: no files of a run.
+    Runs of one mode that differ in more than their seed have rows of their own. A base that several
+    runs evaluated with one seed counts once. OSError: no files of a run.
     """
     columns = ["base", "hard", "fuzzy", "soft"]
     with open(Path(__file__).parent / "paper.csv", encoding="utf-8") as file:
         paper = {tuple(row[:5]): dict(zip(columns, row[5:])) for row in csv.reader(file)}
-    cells = {}  # (model, trained on, tested on, setting, metric) -> column -> seed -> value
-    for folder in map(Path, folders):
-        files = [(folder / name).read_bytes() for name in ("config.json", "eval.json")]
-        config, rows = map(json.loads, files)
+    cells = {}  # (model, trained on, tested on, setting, metric, flags) -> column -> run -> value
+    files = {Path(f): [(Path(f) / name).read_bytes() for name in FILES] for f in folders}
+    runs = {folder: [json.loads(text) for text in texts] for folder, texts in files.items()}
+    for folder, (config, rows) in runs.items():
+        alike = [c for c, _ in runs.values() if all(c[k] == config[k] for k in ("model", "task", "cot"))]
+        differ = [k for k in config if k not in OWN and len({str(c.get(k)) for c in alike}) > 1]
+        flags = " ".join(f"--{k.replace('_', '-')} {config[k]}" for k in differ)
         for row in rows:
             passed = row.get("k", {})
             scores = {f"pass@{k}": 100 * passed[k] for k in passed if int(k) in (1, row["n"])}
             scores |= {"accuracy": 100 * row["accuracy"], "NLL": row["nll"]} if not passed else {}
             column = "base" if row["stage"] == "base" else config["cot"]
             run = (config["model"] or "toy", config["task"], row["task"], row["setting"])
+            which, own = (config["seed"], "") if column == "base" else (folder, flags)
             for metric, value in scores.items():
-                cells.setdefault((*run, metric), {}).setdefault(column, {})[config["seed"]] = value
-    names = ["model", "trained on", "tested on", "setting", "metric", *columns]
+                cells.setdefault((*run, metric, own), {}).setdefault(column, {})[which] = value
+    names = ["model", "trained on", "tested on", "setting", "metric", "flags", *columns]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for run, found in cells.items():
-        texts, same = [], [p for p in paper if p[0] in run[0].lower() and p[1:] == run[1:]]
+        texts, same = [], [p for p in paper if p[0] in run[0].lower() and p[1:] == run[1:5]]
         for column in columns:
             values = list(found.get(column, {}).values())
             spread = f" ± {np.std(values, ddof=1):.2f} ({len(values)})" if len(values) > 1 else ""
