@@ -1402,8 +1402,13 @@ def reward(answer: str, gold: str, equal: Callable[[str, str], bool]) -> float:
 
 
 def plain_gold(row: dict) -> str:
-    """The gold answer in the field `answer`; in GSM8K it follows a worked solution and `####`."""
-    return "" if row["answer"] is None else str(row["answer"]).split("####")[-1].strip()
+    """The gold answer in the field `answer`; in GSM8K it follows a worked solution and `####`.
+
+    None and NaN are no answer; of a list all are asked for."""
+    answer = row["answer"]
+    if isinstance(answer, list):
+        answer = ", ".join(map(str, answer))
+    return "" if answer is None or answer != answer else str(answer).split("####")[-1].strip()
 
 
 def math_gold(row: dict) -> str:
@@ -1497,7 +1502,7 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     rows, problems, seen, answerless = read_rows(config, name, whole), [], set(), 0
     for i, row in enumerate(rows):
         where = f"{name} {whole}: row {i + 1}"
-        question = row.get("problem", row.get("question"))
+        question = row.get("question") if row.get("problem") is None else row["problem"]
         require(isinstance(question, str), f"{where} has no text in a field problem or question")
         errors = (KeyError, TypeError, AttributeError, UnicodeError)
         with explained(errors, f"{where} has no readable answer or text"):
@@ -1530,6 +1535,11 @@ def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Pro
     require(fits, f"{why}: lower --max-cot, --eval-max-cot or --max-answer")
     if len(fits) < len(problems):
         print(f"{len(problems) - len(fits)} problems skipped: {why}")
+    golds = policy.tokenizer([p.gold + "}" for p in fits], add_special_tokens=False).input_ids
+    long = sum(len(gold) > config.max_answer for gold in golds)
+    if long:
+        most = config.max_answer
+        print(f"{long} of {len(fits)} right answers are longer than --max-answer {most}")
     return fits
 
 

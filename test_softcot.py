@@ -2507,6 +2507,22 @@ def test_a_model_that_would_be_trained_wrongly_is_refused(family, sizes, says, t
     assert "does not fit soft tokens" in line and says in line
 
 
+def test_odd_answers_and_questions_of_a_file_are_read_as_they_are_meant(tiny_folder, tmp_path, capsys):
+    rows = [{"problem": None, "question": f"{n}+1=", "answer": n + 1} for n in range(20)]
+    rows += [{"question": "a", "answer": math.nan}, {"question": "b", "answer": ["1", 2]}]
+    rows += [{"question": "c", "answer": "1234567890"}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = str(tmp_path / "mine.jsonl")
+    config, _ = softcot.filled(softcot.parse(["--task", task, "--model", str(tiny_folder), "--max-answer", "3"]))
+    policy, splits = softcot.load_policy(config, str(tiny_folder)), ("train", "validation", "test")
+    problems = [p for split in splits for p in softcot.load_problems(config, task, split)]
+    found = {problem.prompt[-14:-11]: problem.gold for problem in problems}
+    assert len(problems) == 22 and "1, 2" in found.values() and "nan" not in found.values()
+    assert "1 without an answer" in capsys.readouterr().out
+    softcot.fitting(policy, problems, config)
+    assert "right answers are longer than --max-answer 3" in capsys.readouterr().out
+
+
 def test_a_tokenizer_that_ends_each_text_is_not_taken_at_its_word():
     """The model would be asked to go on behind the end."""
     policy = tiny_policy("llama")

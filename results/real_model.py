@@ -193,8 +193,35 @@ def say(label: str, step: int, scores: dict) -> None:
           f" {' '.join(f'@{k} {v:.3f}' for k, v in sample.items())}, KL {scores['kl']:.4f}", flush=True)  # fmt: skip
 
 
+def figures(row: dict) -> dict[str, float]:
+    """What is shown of a checkpoint."""
+    greedy, sample = row["hard_greedy"], row["hard_sample"]
+    nll = [row[name]["nll"] for name in ("hellaswag", "toy-walk") if name in row]
+    return {
+        "hard greedy": greedy["k"]["1"], "hard sample @1": sample["k"]["1"],
+        f"@{sample['n']}": sample["k"][str(sample["n"])], "CoT entropy, nats": sample["cot_entropy"],
+        "KL from the base": row["kl"], "choice NLL": nll[0] if nll else np.nan,
+    }  # fmt: skip
+
+
+def means(rows: list[dict]) -> None:
+    """Print the last checkpoint of each run and the base: mean and deviation over seeds."""
+    last = max(row["step"] for row in rows)
+    names = list(figures(rows[0]))
+    print(f"\n| run | step | seeds | lr | {' | '.join(names)} |\n|{'---|' * (4 + len(names))}")
+    for run in dict.fromkeys((row["run"], row["lr"], step) for step in (0, last) for row in rows):
+        some = [figures(row) for row in rows if (row["run"], row["lr"], row["step"]) == run]
+        if not some or (run[2] == 0 and run[0] != rows[0]["run"]):
+            continue
+        values = np.array([list(f.values()) for f in some])
+        spread = values.std(axis=0, ddof=1) if len(some) > 1 else 0 * values[0]
+        texts = [f"{mean:.3f} ± {sd:.3f}" for mean, sd in zip(values.mean(axis=0), spread)]
+        name = run[0] if run[2] else "base"
+        print(f"| {name} | {run[2]} | {len(some)} | {run[1]:g} | {' | '.join(texts)} |")
+
+
 def report(out: Path) -> None:
-    """A table of all checkpoints, and pass@k against the distance from the base as a picture."""
+    """Tables of all checkpoints and of the last ones, and pass@k by distance from the base."""
     rows = softcot.read_log(out / "records.jsonl")
     print("| run | seed | lr | step | hard greedy | hard sample @1 | @most | entropy, nats | KL from the base"
           " | choice NLL |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
@@ -225,6 +252,7 @@ def report(out: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.savefig(out / "report.png", dpi=110)
+    means(rows)
 
 
 def main(arguments=None) -> None:
