@@ -1527,7 +1527,11 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
 
 def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Problem]:
     """The problems that leave room in the model's context for CoT and answer; tells the others."""
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", math.inf)
+    text = policy.model.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", math.inf)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond this, its angles depend on the longest row
+        context = rope.get("original_max_position_embeddings", context)
     more = max(config.max_cot, config.eval_max_cot) + config.max_answer
     more += len(policy.tokenizer(STOP + BOX).input_ids)
     fits = [p for p in problems if len(policy.tokenizer(p.prompt).input_ids) + more <= context]

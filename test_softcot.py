@@ -2523,6 +2523,16 @@ def test_odd_answers_and_questions_of_a_file_are_read_as_they_are_meant(tiny_fol
     assert "right answers are longer than --max-answer 3" in capsys.readouterr().out
 
 
+def test_longrope_is_used_up_to_where_its_factors_switch(tiny_folder):
+    """Beyond it (Phi-3) the angles of all rows would depend on the longest row of the batch."""
+    config, _ = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
+    policy = softcot.load_policy(config, str(tiny_folder))
+    problems = softcot.load_problems(config, "toy", "test")[:3]
+    policy.model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 20}
+    with pytest.raises(softcot.UserError, match="context of 20 tokens"):
+        softcot.fitting(policy, problems, config)
+
+
 def test_a_tokenizer_that_ends_each_text_is_not_taken_at_its_word():
     """The model would be asked to go on behind the end."""
     policy = tiny_policy("llama")
