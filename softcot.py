@@ -1157,7 +1157,8 @@ def evaluate_choices(policy: Policy, name: str, rows: list[dict]) -> dict:
         cot = Part(None, none, none, none, mask=none.bool())
         answer = Part(None, option_ids, none, none, mask=option_mask)
         prefix = (SETTINGS["hard_sample"], 0.0, ids, mask, none, none.bool())
-        _, logp, _ = log_probs(policy, Rollout(*prefix, cot, answer, [], [], []))
+        r = Rollout(*prefix, cot, answer, [], [], [])
+        _, logp, _ = called_by(policy, log_probs, r)
         logp = logp.sum(1) / option_mask.sum(1)  # [options] nats per token
         scores["accuracy"].append(logp.argmax().item() == right)
         scores["nll"].append(-logp[right].item())
@@ -1261,7 +1262,9 @@ NUMBER = re.compile(
     r"(?:(?: *(?:\\times|\\cdot|×|\*) *10 *\^ *\{? *|[eE])(?P<power>[-+]?\d+) *\}?)?)"
     r"(?! +[xyznie]\b)(?: *%| +[A-Za-z][A-Za-z'./²³-]*)*[ .,;]*"  # units, but 18 x is no number
 )
-FACTORS = re.compile(r"(?i)\b(?:hundred|thousand|[mb]illion|dozen|half|third|quarter|k)\b")
+WORDS = "hundred thousand million billion trillion dozen half third quarter pi squared cubed plus"
+WORDS += " minus times or and to one two three four five six seven eight nine ten k"
+FACTORS = re.compile(rf"(?i)(?<!\\)\b(?:{'|'.join(WORDS.split())})s?\b")  # more than a unit
 
 
 def parse_number(text: str) -> Optional[float]:
@@ -1561,7 +1564,12 @@ def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, lis
         print(few if len(train) < config.prompts else "", end="")
     for task in config.eval_tasks if config.eval_limit != 0 else ():
         if task in CHOICES:
-            tests[task] = read_rows(config, task, CHOICES[task][1])[: config.eval_limit]
+            _, split, read = CHOICES[task]
+            tests[task] = read_rows(config, task, split)[: config.eval_limit]
+            require(tests[task], f"{task}: there are no rows")
+            for i, row in enumerate(tests[task], 1):
+                with explained((KeyError, TypeError, ValueError), f"{task} row {i} can't be read"):
+                    read(row)
         else:
             found = load_problems(config, task, "test")[: config.eval_limit]
             tests[task] = fitting(policy, found, config)
@@ -1642,7 +1650,7 @@ def check_policy(policy: Policy, close: float) -> None:
         x = p.to(E.dtype) * E[ids] + (1 - p).to(E.dtype) * E[ids + 1]  # [2, 5, D]
         before, real = x.clone(), torch.ones(2, 5, dtype=torch.bool, device=E.device)
         real[1, 2] = False
-        engine = Engine(policy, 2, 5, 1)
+        engine = policy.engine = Engine(policy, 2, 5, 1)
         engine.restart()
         engine.reserve(5)
         first = engine.feed(x[:, :3], real[:, :3])
@@ -1675,7 +1683,7 @@ def replacing(path: Path):
         shutil.rmtree(part, ignore_errors=True)
         yield part
         for file in [file for file in part.rglob("*") if file.is_file()] or [part]:
-            with open(file, "rb") as written:
+            with open(file, "r+b") as written:  # Windows syncs only what may be written
                 os.fsync(written.fileno())
         if part.is_dir() and path.exists():  # a folder can't be renamed to one that has files
             shutil.rmtree(old, ignore_errors=True)
@@ -1720,7 +1728,7 @@ def save_state(path: Path, policy: Policy, optimizer, schedule, step: int, best:
 
 def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, float]:
     """Put a saved state back; return the step it was saved after and the best score till then."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     states.set_state_dict(policy.model, optimizer, model_state_dict=state["model"],
                           optim_state_dict=state["optimizer"], options=WHOLE)
     schedule.load_state_dict(state["schedule"])
@@ -1731,9 +1739,7 @@ def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, fl
 # The same program in several processes, each with its share of the rows of every batch. FSDP2
 # splits weights, gradients and moments over them; for sampling the weights are whole in each. All
 # go through the same steps, so none waits for another in vain; rank 0 alone writes and speaks.
-# The same program in several processes, each with its share of the rows of every batch. FSDP2
-# splits weights, gradients and moments over them; for sampling the weights are whole in each. All
-# go through the same steps, so none waits for another in vain; rank 0 alone writes and speaks.
+
 
 def several() -> bool:
     """Whether torchrun started this process and others."""
@@ -1853,8 +1859,8 @@ def noted_signals():
     Does nothing outside of the main thread, where signals do not come."""
     def note(number, _):
         SIGNALS.append(number)
-        # torchrun hands each signal on more than once: there the second one is not the user's
-        signal.signal(number, signal.SIG_IGN if several() else signal.default_int_handler)
+        for one in before:  # torchrun hands each on more than once: the second is not the user's
+            signal.signal(one, signal.SIG_IGN if several() else signal.default_int_handler)
 
     SIGNALS.clear()
     before = {}
@@ -2042,7 +2048,8 @@ def check_folder(config: Config, out: Path) -> None:
         name = old.get("model") or "the toy"
         require(not old or own, f"--out-dir {out} is of another model, {name}: name another folder")
     else:
-        files = [name for name in ("config.json", "eval.json", *LOGS) if (out / name).exists()]
+        names = ("config.json", "eval.json", "eval_batches.jsonl", "state.pt", "model", *LOGS)
+        files = [name for name in names if (out / name).exists()]
         ways = "--resume goes on with it, another --out-dir starts a new one"
         require(not files, f"--out-dir {out} holds a run already ({', '.join(files)}): {ways}")
 
@@ -2053,9 +2060,11 @@ def trained_here(config: Config, out: Path) -> bool:
 
 
 def check_disk(policy: Policy, out: Path) -> None:
-    """Say what a run writes at most, if it is much; UserError if the disk has less."""
+    """Say what a run will write at most, if it is much; UserError if the disk has less."""
     weights = sum(w.numel() * w.itemsize for w in policy.model.parameters())
-    most = 2 * (weights + 3 * weights)  # model and state, old and new while one replaces the other
+    there = [file.stat().st_size for file in out.rglob("*") if file.is_file()]
+    # model and state, old and new while one replaces the other
+    most = max(0, 2 * (weights + 3 * weights) - sum(there))
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     size = f"{out} will take up to {most / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
@@ -2071,7 +2080,8 @@ def noise_advice(config: Config, figures: dict[str, float]) -> str:
     """What the base's success with the noise and without it says of --sigma-scale, or nothing.
 
     Too little noise costs nothing: it changes no outcome, so there is nothing to compare. With too
-    much, too few are right to be rewarded. See results/README.md, where it was measured."""
+    much, too few are right to be rewarded. See results/README.md, where it was measured (with
+    sampled answers; here they are greedy)."""
     names = [f"{config.task} {config.cot}_{how} pass@1" for how in ("greedy", "sample")]
     if config.cot == "hard" or not all(name in figures for name in names):
         return ""
@@ -2093,6 +2103,7 @@ def run(config: Config) -> str:
     torch.use_deterministic_algorithms(config.device == "cpu")  # same seed, same bits
     out = Path(config.out_dir)
     check_folder(config, out)
+    gather(None)  # all processes have looked before one of them writes
     policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
     problems, held_out, tests = load_data(policy, config)
     if not config.eval_only:
@@ -2141,7 +2152,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
         return 2
     except Stopped:
         again = [] if config.resume or config.eval_only else ["--resume"]
-        print("Stopped. To go on:", shlex.join(["python", "softcot.py", *arguments, *again]))
+        start = ["torchrun", "--nproc-per-node", str(processes())] if several() else ["python"]
+        print("Stopped. To go on:", shlex.join([*start, "softcot.py", *arguments, *again]))
     return 0
 
 

@@ -9,13 +9,14 @@ of hard samples (OUT/questions.json). Then, in this order, from one base with on
 with the noise --noise, hard ones, --noise with the answers' score alone, 0.33, fuzzy, --noise with
 the CoT's score alone. Each is evaluated at steps 0, 25, 50, 100, ... on the first test problems:
 hard greedy and hard sampling, a multiple choice, and the distance from the base (KL of next tokens
-on worked solutions). What is there already, in OUT, is not done again; a run that was cut off goes
-on from its state.
+on worked solutions). What is there already, in OUT, is not done again; a run that ran out of its
+minutes goes on from its state.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -82,7 +83,10 @@ def questions(policy: Policy, config: Config, out: Path, count: int) -> list[sof
     """Of the first training questions those that the base solves now and then; kept in OUT."""
     problems = softcot.fitting(policy, softcot.load_problems(config, config.task, "train"), config)
     file = out / "questions.json"
-    if not file.exists():
+    if file.exists():
+        model = json.loads(file.read_bytes())["model"]
+        softcot.require(model == config.model, f"{file} is of another model, {model}: another OUT")
+    else:
         chosen, size = [], max(1, ROWS // TRIES)
         how = (SETTINGS["hard_sample"], config.max_cot, config.max_answer, 1.0)
         for i in range(0, min(count, len(problems)), size):
@@ -90,7 +94,8 @@ def questions(policy: Policy, config: Config, out: Path, count: int) -> list[sof
             _, rewards = softcot.rewarded(policy, some, TRIES, (config.seed, 7), *how)
             share = (rewards == 100).mean(axis=1)
             chosen += [p.id for p, s in zip(some, share) if 0.1 <= s <= 0.9]
-        softcot.write_json(file, {"of": min(count, len(problems)), "ids": chosen})
+        tried = min(count, len(problems))
+        softcot.write_json(file, {"model": config.model, "of": tried, "ids": chosen})
     known = json.loads(file.read_bytes())
     ids = set(known["ids"])
     print(f"{len(ids)} of {known['of']} training questions are solved in 10 to 90 % of samples")
@@ -105,8 +110,12 @@ def solutions(config: Config) -> list[str]:
         totals = [" ".join(map(str, np.cumsum(terms)[1:])) for terms in sums]
         return [f"{r['question']}{t} {softcot.STOP}{softcot.BOX}{r['answer']}}}" for r, t in zip(rows, totals)]
     prompt = softcot.task_named(config.task).prompt
-    return [prompt.replace("QUESTION", row.get("question", row.get("problem"))) + " "
-            + row.get("solution", row["answer"]) for row in rows]  # fmt: skip
+    texts = []
+    for row in rows:
+        solution = row["solution"] if "solution" in row else row["answer"]
+        solution = re.sub("<<.*?>>", "", solution).partition("####")[0].strip()  # marks of GSM8K
+        texts.append(f"{prompt.replace('QUESTION', row.get('question', row.get('problem')))} {solution}")
+    return texts
 
 
 @torch.no_grad()
@@ -145,8 +154,9 @@ def train_run(name: str, given, flags: list[str], out: Path, clock: Clock, base:
     mode, noise, which = RUNS[name]
     noise = [] if mode == "hard" else ["--sigma-scale", str(noise or given.noise)]
     config, _ = softcot.filled(softcot.parse([*flags, "--cot", mode, *noise]))
-    key = {"run": name, "seed": config.seed, "lr": config.lr}
-    label = f"{name}-s{config.seed}-lr{config.lr:g}"
+    key = {"run": name, "seed": config.seed, "lr": config.lr, "noise": config.sigma_scale}
+    key |= {k: getattr(config, k) for k in ("model", "prompts", "samples", "max_cot", "steps")}
+    label = f"{name}-noise{config.sigma_scale or 0:g}-s{config.seed}-lr{config.lr:g}"
     records, metrics, state = out / "records.jsonl", out / f"{label}.jsonl", out / f"{label}.pt"
     seen = [row for row in softcot.read_log(records) if key.items() <= row.items()]
     if any(row["step"] == config.steps for row in seen):
@@ -158,7 +168,7 @@ def train_run(name: str, given, flags: list[str], out: Path, clock: Clock, base:
     if state.exists():
         done, _ = softcot.load_state(state, policy, optimizer, schedule)
     softcot.read_log(metrics, lambda row: row["step"] <= done)
-    slowest = {"step": 0.0, "evaluation": 0.0}
+    slowest = given.slowest  # of all runs: seconds of a step, of an evaluation
     try:
         with score_of(which):
             for step in range(done, config.steps + 1):
@@ -166,12 +176,15 @@ def train_run(name: str, given, flags: list[str], out: Path, clock: Clock, base:
                 if step in CHECKS or step == config.steps:
                     clock.need(slowest["evaluation"])
                     if not any(row["step"] == step for row in seen):
-                        first = [r for r in softcot.read_log(records) if r["step"] == 0] if step == 0 else []
-                        scores = first[0] if first else evaluation(policy, base, config, given)
-                        shared = {"model": config.model, "cot": mode, "noise": config.sigma_scale, "score": which}
-                        softcot.append_jsonl(records, {**scores, **key, **shared, "step": step})
+                        of_base = [row for row in softcot.read_log(records) if row["step"] == step == 0]
+                        if of_base:
+                            scores = of_base[0]
+                        else:
+                            scores = evaluation(policy, base, config, given)
+                            seconds = time.perf_counter() - start
+                            slowest["evaluation"] = max(slowest["evaluation"], seconds)
+                        softcot.append_jsonl(records, {**scores, **key, "score": which, "step": step})
                         say(label, step, scores)
-                    slowest["evaluation"] = max(slowest["evaluation"], time.perf_counter() - start)
                     start = time.perf_counter()
                 if step < config.steps:
                     clock.need(2 * slowest["step"])
@@ -206,13 +219,12 @@ def figures(row: dict) -> dict[str, float]:
 
 def means(rows: list[dict]) -> None:
     """Print the last checkpoint of each run and the base: mean and deviation over seeds."""
-    last = max(row["step"] for row in rows)
+    last = {(row["run"], row["lr"]): row["step"] for row in sorted(rows, key=lambda r: r["step"])}
     names = list(figures(rows[0]))
     print(f"\n| run | step | seeds | lr | {' | '.join(names)} |\n|{'---|' * (4 + len(names))}")
-    for run in dict.fromkeys((row["run"], row["lr"], step) for step in (0, last) for row in rows):
+    base = (rows[0]["run"], rows[0]["lr"], 0)
+    for run in [base, *((*run, step) for run, step in last.items())]:
         some = [figures(row) for row in rows if (row["run"], row["lr"], row["step"]) == run]
-        if not some or (run[2] == 0 and run[0] != rows[0]["run"]):
-            continue
         values = np.array([list(f.values()) for f in some])
         spread = values.std(axis=0, ddof=1) if len(some) > 1 else 0 * values[0]
         texts = [f"{mean:.3f} ± {sd:.3f}" for mean, sd in zip(values.mean(axis=0), spread)]
@@ -270,7 +282,7 @@ def main(arguments=None) -> None:
     given, flags = parser.parse_known_args(arguments)
     if given.report:
         return report(given.out)
-    clock = Clock(given.minutes)
+    clock, given.slowest = Clock(given.minutes), {"step": 0.0, "evaluation": 0.0}
     given.out.mkdir(parents=True, exist_ok=True)
     config, _ = softcot.filled(softcot.parse(flags))
     given.folder = config.model or str(toy_tasks.base_model(Path("runs/toy-base")))

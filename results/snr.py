@@ -119,22 +119,25 @@ class Lab:
         soft = softcot.SETTINGS["soft_sample"]
         settings = {f"soft {f:g}": dataclasses.replace(soft, noise=f) for f in FACTORS}
         settings["hard"] = softcot.SETTINGS["hard_sample"]
-        seen, step = {name: [] for name in settings}, 0
-        while step == 0 or self.passed() < SHARE * (step + 1) / step:
+        seen, step = {name: ([], [], []) for name in settings}, 0  # right [B, G], texts, lengths
+        while step == 0 or self.passed() * (step + 1) / step < SHARE:
             for name, setting in settings.items():
-                seen[name].append(self.sample(setting, step))
+                r, rewards = self.sample(setting, step)
+                found = (rewards == 100, r.cots, r.cot.mask.sum(1).float().mean().item())
+                for kept, value in zip(seen[name], found):
+                    kept.append(value)
             step += 1
-        rows = []
-        for name, rollouts in seen.items():
-            right = np.concatenate([rewards == 100 for _, rewards in rollouts])  # [problems, G]
-            by_problem, G = right.mean(axis=1), self.config.samples
-            texts = [r.cots[i : i + G] for r, _ in rollouts for i in range(0, len(r.cots), G)]
+        rows, G = [], self.config.samples
+        for name, (rights, cots, lengths) in seen.items():
+            right = np.concatenate(rights)  # [problems, G]
+            by_problem = right.mean(axis=1)
+            texts = [some[i : i + G] for some in cots for i in range(0, len(some), G)]
             rows.append({
                 "mode": name, "success": float(right.mean()), "problems": len(right), "samples": G,
                 "error": float(np.std(by_problem) / max(1, len(right) - 1) ** 0.5),
                 "mixed": float(np.mean((by_problem > 0) & (by_problem < 1))),
                 "different": float(np.mean([len(set(group)) / G for group in texts])),
-                "cot_len": float(np.mean([r.cot.mask.sum(1).float().mean().item() for r, _ in rollouts])),
+                "cot_len": float(np.mean(lengths)),
             })  # fmt: skip
         return rows
 
@@ -170,8 +173,8 @@ def number(x: float) -> str:
 
 
 def recommended(rows: list[dict]) -> float:
-    """The factor with the most mixed groups; of equal ones the smallest."""
-    soft = [row for row in rows if row["mode"].startswith("soft")]
+    """The factor above 0 with the most mixed groups; of equal ones the smallest."""
+    soft = [row for row in rows if row["mode"].startswith("soft") and row["mode"] != "soft 0"]
     return float(max(soft, key=lambda row: row["mixed"])["mode"].split()[1])
 
 
