@@ -1894,20 +1894,37 @@ def test_gradients_of_cot_and_answers_add_up_to_that_of_a_step():
     policy = tiny_policy("llama")
     r = sample(policy, SETTINGS["soft_sample"])
     advantages = torch.linspace(-1, 1, len(r.cots))
-    every = snr.Picker(policy, 10**9)
+    every = snr.Sketch(policy, 10**9)
     softcot.policy_gradient(policy, r, advantages)
+    whole = [0 * w if w.grad is None else w.grad.clone() for w in policy.model.parameters()]
     both = every.take()
+    assert both.norm().item() == pytest.approx(torch.cat([g.flatten() for g in whole]).norm().item())
     found = snr.gradients(policy, r, advantages, every)
     close = dict(rtol=0, atol=1e-5 * both.abs().max().item())
     torch.testing.assert_close(found["cot"] + found["answer"], both, **close)
-    some = snr.Picker(policy, 500)
-    softcot.policy_gradient(policy, r, advantages)
-    assert set(some.take().tolist()) <= set(both.tolist()) and sum(map(len, some.places)) < 600
+
+
+def test_products_of_sketches_are_those_of_gradients_on_average():
+    """Also where a few coordinates hold most of a gradient."""
+    model = nn.Module()
+    model.a, model.b, model.c = (nn.Parameter(torch.zeros(n)) for n in (700, 4000, 3))
+    policy, generator = types.SimpleNamespace(model=model), torch.Generator().manual_seed(0)
+    sketch, errors = snr.Sketch(policy, 1000), []
+    for _ in range(40):
+        pair = [torch.randn(4703, generator=generator) ** 3 for _ in range(2)]
+        pair[1] += 0.5 * pair[0]
+        sketches = []
+        for g in pair:
+            model.a.grad, model.b.grad, model.c.grad = (part.clone() for part in g.split([700, 4000, 3]))
+            sketches.append(sketch.take())
+        scale = pair[0].norm() * pair[1].norm()
+        errors.append(((sketches[0] @ sketches[1] - pair[0] @ pair[1]) / scale).item())
+    assert abs(np.mean(errors)) < 3 / (40 * 1000) ** 0.5 and np.std(errors) < 1.5 / 1000**0.5
 
 
 def test_the_instrument_finds_more_signal_in_hard_tokens_than_in_soft_ones(tmp_path, capsys):
     """On the toy, whose n0 is 230 with hard tokens and 20,000 with soft ones."""
-    flags = "--prompts 16 --minutes 0.01 --coordinates 20000 --device cpu".split()
+    flags = "--prompts 16 --minutes 0.01 --sketch 20000 --device cpu".split()
     snr.main([*flags, "--out", str(tmp_path / "record"), "--seed", "1"])
     record = json.loads((tmp_path / "record").read_text())
     n0 = {(row["mode"], row["of"]): row for row in record["n0"]}
@@ -1952,7 +1969,7 @@ def test_runs_of_a_real_model_stop_with_the_clock_and_go_on(tmp_path, monkeypatc
 def test_the_score_that_is_left_out_of_a_control_gives_no_gradient():
     policy = tiny_policy("llama")
     r = sample(policy, SETTINGS["soft_sample"])
-    advantages, every = torch.linspace(-1, 1, len(r.cots)), snr.Picker(policy, 10**9)
+    advantages, every = torch.linspace(-1, 1, len(r.cots)), snr.Sketch(policy, 10**9)
     apart = snr.gradients(policy, r, advantages, every)
     for which, part in (("cot", "cot"), ("answers", "answer")):
         with real_model.score_of(which):

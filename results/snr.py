@@ -27,7 +27,7 @@ import toy_tasks
 from softcot import Config, Policy, Setting
 
 FACTORS = (0.0, 0.1, 0.33, 0.66, 1.0, 2.0)
-COORDINATES = 1_000_000  # of the gradient that are kept, at random, always the same
+SKETCH = 1_000_000  # numbers that are kept of a gradient
 SHARE = 0.3  # of the time for the base's success
 
 
@@ -55,33 +55,39 @@ def n0(gradients: Tensor, N: int) -> dict:
             "norm": products.diagonal().mean().sqrt().item()}  # fmt: skip
 
 
-class Picker:
-    """The gradient at a fixed random choice of coordinates."""
+class Sketch:
+    """A gradient in M numbers, such that products of two gradients stay what they are, on average.
 
-    def __init__(self, policy: Policy, coordinates: int):
+    Cut into pieces of M coordinates, which are added up with random signs, always the same. What two
+    pieces have in common then cancels but for noise of |g| |g'| / sqrt(M). (To keep M coordinates
+    and leave the others out does worse: a few of them can hold most of a gradient.) Exact where M
+    is as large as the gradient."""
+
+    def __init__(self, policy: Policy, size: int):
         self.weights = list(policy.model.parameters())
-        total = sum(w.numel() for w in self.weights)
-        self.share = min(1.0, coordinates / total)
+        self.M = min(size, sum(w.numel() for w in self.weights))
         generator = torch.Generator().manual_seed(0)
-        self.places = []
-        for w in self.weights:
-            count = max(1, round(self.share * w.numel()))
-            places = torch.randint(w.numel(), (count,), generator=generator)
-            if self.share == 1:
-                places = torch.arange(w.numel())
-            self.places.append(places.to(w.device))
+        signs = 2.0 * torch.randint(2, (2 * self.M,), generator=generator) - 1
+        self.signs = signs.to(self.weights[0].device)
+        pieces = sum(-(-w.numel() // self.M) for w in self.weights) + len(self.weights)
+        self.offsets = torch.randint(self.M, (2 * pieces,), generator=generator).tolist()
 
     def take(self) -> Tensor:
-        """Those coordinates [M] of the gradient, which is emptied."""
-        picked = [w.grad.flatten()[i].float().cpu() if w.grad is not None else torch.zeros(len(i))
-                  for w, i in zip(self.weights, self.places)]  # fmt: skip
+        """The sketch [M] of the gradient, which is emptied."""
+        total, place, offsets = torch.zeros_like(self.signs[: self.M]), 0, iter(self.offsets)
         for w in self.weights:
-            w.grad = None
-        return torch.cat(picked)
+            gradient = torch.zeros_like(w) if w.grad is None else w.grad
+            gradient, w.grad = gradient.flatten().float(), None
+            while len(gradient):
+                piece, gradient = gradient[: self.M - place], gradient[self.M - place :]
+                first = next(offsets)
+                total[place : place + len(piece)] += piece * self.signs[first : first + len(piece)]
+                place = (place + len(piece)) % self.M
+        return total.cpu()
 
 
-def gradients(policy: Policy, r, advantages: Tensor, picker: Picker) -> dict[str, Tensor]:
-    """The gradient [M] of the CoT's log-probability and that of the answer's."""
+def gradients(policy: Policy, r, advantages: Tensor, sketch: Sketch) -> dict[str, Tensor]:
+    """The sketch [M] of the gradient of the CoT's log-probability and that of the answer's."""
     found = {"cot": 0.0, "answer": 0.0}
     tokens = softcot.affordable_tokens(policy)
     for index, advantage in softcot.micro_batches(r, advantages, tokens):
@@ -89,7 +95,7 @@ def gradients(policy: Policy, r, advantages: Tensor, picker: Picker) -> dict[str
         for name, logp, keep in (("answer", answer, True), ("cot", cot, False)):
             loss = -(advantage * logp.sum(1)).sum() / len(advantages)
             loss.backward(retain_graph=keep)
-            found[name] = found[name] + picker.take()
+            found[name] = found[name] + sketch.take()
     return found
 
 
@@ -141,9 +147,9 @@ class Lab:
             })  # fmt: skip
         return rows
 
-    def signal(self, settings: dict[str, Setting], coordinates: int) -> list[dict]:
+    def signal(self, settings: dict[str, Setting], size: int) -> list[dict]:
         """n0 of every setting, in as many batches as there is time for."""
-        picker = Picker(self.policy, coordinates)
+        sketch = Sketch(self.policy, size)
         kept = {name: {"cot": [], "answer": []} for name in settings}
         success, step, begun = {name: [] for name in settings}, 0, self.passed()
         while step < 3 or self.passed() + (self.passed() - begun) / step < 1:
@@ -151,10 +157,10 @@ class Lab:
                 r, rewards = self.sample(setting, step)
                 advantages = softcot.rloo_advantages(torch.tensor(rewards)).flatten()
                 device = r.prompt_ids.device
-                found = gradients(self.policy, r, advantages.float().to(device), picker)
+                found = gradients(self.policy, r, advantages.float().to(device), sketch)
                 for part, gradient in found.items():
                     if not isinstance(gradient, Tensor):  # no group was mixed
-                        gradient = torch.zeros(sum(map(len, picker.places)))
+                        gradient = torch.zeros(sketch.M)
                     kept[name][part].append(gradient)
                 success[name].append((rewards == 100).mean())
             step += 1
@@ -182,7 +188,7 @@ def main(arguments=None) -> None:
     """Both tables, and the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--coordinates", type=int, default=COORDINATES)
+    parser.add_argument("--sketch", type=int, default=SKETCH, help="numbers kept of a gradient")
     parser.add_argument("--out", type=Path, help="append the figures to this .jsonl file")
     given, flags = parser.parse_known_args(arguments)
     config, _ = softcot.filled(softcot.parse(flags))
@@ -203,7 +209,7 @@ def main(arguments=None) -> None:
     for tau in (1e-4, 0.1):
         fuzzy = dataclasses.replace(softcot.SETTINGS["fuzzy_sample"], tau=tau)
         settings[f"fuzzy tau {tau:g}"] = fuzzy
-    rows = lab.signal(settings, given.coordinates)
+    rows = lab.signal(settings, given.sketch)
     print("| mode | success | n0 of the CoT's score | n0 of the answers' score | batches |")
     print("|---|---|---|---|---|")
     for cot, answer in zip(rows[::2], rows[1::2]):
@@ -212,7 +218,7 @@ def main(arguments=None) -> None:
     if given.out:
         finite = [{k: None if v == math.inf else v for k, v in row.items()} for row in rows]
         record = {"model": config.model or "toy", "task": config.task, "seed": config.seed}
-        record |= {"max_cot": config.max_cot, "coordinates": given.coordinates}
+        record |= {"max_cot": config.max_cot, "sketch": given.sketch}
         record |= {"base": base, "recommended": factor, "n0": finite}
         softcot.append_jsonl(given.out, record)
 
