@@ -125,10 +125,10 @@ def table(rows: list[dict]) -> None:
     for key in sorted({(row["width"], row["factor"]) for row in rows}):
         some = [row for row in rows if (row["width"], row["factor"]) == key]
         mean = {name: np.mean([row[name] for row in some]) for name in some[0]}
-        spread = np.std([row["greedy"] for row in some], ddof=1) if len(some) > 1 else 0
+        spread = f" ± {np.std([r['greedy'] for r in some], ddof=1):.2f}" if len(some) > 1 else ""
         print(f"| {key[0]} | {key[1]} | {mean['base_without']:.2f}, {mean['base_with']:.3f} |"
               f" {mean['mixed']:.2f} | {mean['first']:.2f}, {mean['last']:.2f} |"
-              f" {mean['greedy_base']:.2f} | {mean['greedy']:.2f} ± {spread:.2f} |"
+              f" {mean['greedy_base']:.2f} | {mean['greedy']:.2f}{spread} |"
               f" {sum(map(learns, some))} of {len(some)} | {sum(map(inside, some))} |")  # fmt: skip
     used = [row["seed"] == 0 and row["factor"] in FOUND_ON for row in rows]
     for name, group in (("like those it was found on", True), ("others", False)):
