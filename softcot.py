@@ -315,11 +315,18 @@ class Policy:
         ids = self.model.generation_config.eos_token_id
         return {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
 
-    def tokenize(self, texts: list[str], special=True) -> tuple[Tensor, Tensor]:
-        """Padded ids and mask, each [rows, longest]; special adds e.g. a begin-of-text token."""
-        rows = self.tokenizer(texts, add_special_tokens=special).input_ids
+    def tokenize(self, texts: list[str], begins=True) -> tuple[Tensor, Tensor]:
+        """Padded ids and mask, each [rows, longest], of texts that begin or that go on with others.
+
+        Before a text that begins there may be a token for that."""
+        rows = self.tokenizer(texts, add_special_tokens=begins).input_ids
         # some tokenizers end each text: then the model would not go on with it
         rows = [row[:-1] if len(row) > 1 and row[-1] in self.ends else row for row in rows]
+        if not begins:  # some put a space before each text (Llama 2): here, before a line's end
+            plain = partial(self.tokenizer, add_special_tokens=False)
+            both, line = plain(["\n" + x for x in texts]).input_ids, plain("\n").input_ids
+            tails = [ids[len(line) :] if ids[: len(line)] == line else None for ids in both]
+            rows = [row if tail is None else tail for row, tail in zip(rows, tails)]
         how = dict(padding_side="right", return_tensors="pt")
         batch = self.tokenizer.pad({"input_ids": rows}, **how).to(self.model.device)
         return batch.input_ids, batch.attention_mask.bool()
@@ -660,7 +667,7 @@ def rollout_here(policy: Policy, prompts: list[str], seeds: Tensor, setting: Set
         cots = [policy.decode(row[real]) for row, real in zip(cot.ids, cot.mask)]
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
         openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
-        prefill_ids, prefill_mask = policy.tokenize(openings, special=False)  # [N, F]
+        prefill_ids, prefill_mask = policy.tokenize(openings, begins=False)  # [N, F]
         engine.reserve(prefill_ids.shape[1])
         here = engine.row_at[:N]  # rows that ended early have other places now
         fed = engine.feed(engine.E[prefill_ids[here]], prefill_mask[here])
@@ -1152,7 +1159,7 @@ def evaluate_choices(policy: Policy, name: str, rows: list[dict]) -> dict:
             raise Stopped
         question, options, right = CHOICES[name][2](row)
         ids, mask = policy.tokenize([question] * len(options))  # [options, P]
-        option_ids, option_mask = policy.tokenize(options, special=False)
+        option_ids, option_mask = policy.tokenize(options, begins=False)
         none = ids[:, :0]  # [options, 0]
         cot = Part(None, none, none, none, mask=none.bool())
         answer = Part(None, option_ids, none, none, mask=option_mask)

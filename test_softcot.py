@@ -2551,6 +2551,19 @@ def test_longrope_is_used_up_to_where_its_factors_switch(tiny_folder):
         softcot.fitting(policy, problems, config)
 
 
+def test_text_that_goes_on_is_not_given_a_space_of_its_own():
+    """Llama 2's tokenizer puts one before each text."""
+    policy = tiny_policy("llama")
+    plain, _ = policy.tokenize([" b", "c"], begins=False)
+    inner = policy.tokenizer._tokenizer
+    inner.normalizer = normalizers.Prepend(" ")
+    assert policy.decode(policy.tokenizer(" b").input_ids) == "  b"
+    ids, _ = policy.tokenize([" b", "c"], begins=False)
+    assert torch.equal(ids, plain)
+    begins, _ = policy.tokenize(["c"])
+    assert policy.decode(begins[0]) == " c"  # as the model knows it
+
+
 def test_a_tokenizer_that_ends_each_text_is_not_taken_at_its_word():
     """The model would be asked to go on behind the end."""
     policy = tiny_policy("llama")
