@@ -725,7 +725,7 @@ CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
 
 
 def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    """log pi of every CoT position [N, T] and answer token [N, A] of a rollout, with gradient.
+    """log pi of each CoT position [N, T] and answer token [N, A] of a rollout, with gradient.
 
     One pass over the stored inputs; means are recomputed from them (eqs 9, 10). Positions outside
     the masks are 0; prompt, prefill and gaps have no entry. Each different prompt runs once, its

@@ -817,9 +817,16 @@ def test_head_mixture_and_few_rows_are_exact_under_autocast():
     torch.testing.assert_close(mixed.double(), oracle, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def tokenizers_as_saved(monkeypatch):
+    """AutoTokenizer makes Qwen's of whatever stands beside a Qwen model; ours has no bytes in it."""
+    as_saved = transformers.PreTrainedTokenizerFast.from_pretrained
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", as_saved)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_is_loaded_in_every_arithmetic(dtype, kind, tmp_path):
+def test_a_model_is_loaded_in_every_arithmetic(dtype, kind, tmp_path, tokenizers_as_saved):
     policy = tiny_policy(kind)
     policy.model.save_pretrained(tmp_path), policy.tokenizer.save_pretrained(tmp_path)
     config, _ = softcot.filled(softcot.Config(device="cpu", dtype=dtype))
@@ -985,7 +992,9 @@ def test_a_micro_batch_has_as_many_rows_as_its_tokens_allow_and_no_empty_columns
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_checkpointing_changes_no_rollout_and_no_gradient(kind, tmp_path):
+def test_gradient_checkpointing_changes_no_rollout_and_no_gradient(
+    kind, tmp_path, tokenizers_as_saved
+):
     """Checked against the same weights without it; and the layers do run again."""
     tiny = tiny_policy(kind)
     tiny.model.save_pretrained(tmp_path), tiny.tokenizer.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Write the table "equation, function, line" of README.md from the docstrings of softcot.py.
+"""Write the table "equation, function" with links of README.md from the docstrings of softcot.py.
 
 python .ci/equations.py writes it; --check exits with 1 if README.md has another one.
 """
@@ -22,10 +22,11 @@ def table() -> str:
             if numbers:
                 what = re.split(r" *\(eqs? |(?<!eq)[.:] ", text)[0]
                 named = ", ".join(dict.fromkeys(numbers))
-                line = f"[{node.lineno}](softcot.py#L{node.lineno})"
-                rows.append((int(named.split(",")[0].split("-")[0]), named, node.name, line, what))
-    lines = [f"| {eq} | `{name}()` | {line} | {what} |" for _, eq, name, line, what in sorted(rows)]
-    return "\n".join(["| equation | function | line | what |", "|---|---|---|---|", *lines])
+                first = int(named.split(",")[0].split("-")[0])
+                rows.append((first, named, node.name, node.lineno, what))
+    lines = [f"| {eq} | [`{name}()`](softcot.py#L{line}) | {what} |"
+             for _, eq, name, line, what in sorted(rows)]  # fmt: skip
+    return "\n".join(["| equation | function | what |", "|---|---|---|", *lines])
 
 
 def main() -> int:
