@@ -2,16 +2,17 @@
 
     python results/bench.py --model MODEL --task gsm8k --prompts 1 --samples 8 --max-cot 48 --max-answer 8
 
-takes the flags of softcot.py. Medians of three steps after a first one, on real prompts; answers are
-judged right and wrong in turn, so that groups are mixed (mixed_groups 0: train_s has no backward
-pass), and the learning rate is so small that all modes meet the same weights. generate() makes as
-many tokens as a rollout may.
+takes the flags of softcot.py. Medians of three steps after a first one, on real prompts. No row ends
+before --max-cot and --max-answer, so all modes and generate() make equally many tokens; answers are
+judged right and wrong in turn, so that groups are mixed; and the learning rate is so small that
+all modes meet the same weights.
 """
 
 import dataclasses
 import itertools
 import sys
 import timeit
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,28 @@ from softcot import SETTINGS, Config, Policy
 COLUMNS = "tokens_per_s rollout_s train_s rollout_gib train_gib mixed_groups".split()
 
 
+@contextmanager
+def replaced(name: str, function):
+    """Within, a function of softcot is another one."""
+    real = getattr(softcot, name)
+    setattr(softcot, name, function)
+    yield
+    setattr(softcot, name, real)
+
+
+@contextmanager
+def nothing_ends(policy: Policy):
+    """Within, no text is done and no token ends one."""
+    real, ends = softcot.generate, policy.ends
+    policy.ends = set()
+    with replaced("generate", lambda engine, N, T, done: real(engine, N, T, lambda text: False)):
+        yield
+    policy.ends = ends
+
+
 def bench_modes(policy: Policy, config: Config, problems: list[softcot.Problem]) -> None:
     """A row for hard, soft and fuzzy training."""
-    coin = itertools.cycle([True, False])
-    problems = [dataclasses.replace(p, equal=lambda *_: next(coin)) for p in problems]
+    coin = itertools.cycle([100.0, 0.0])
     still = dataclasses.replace(config, lr=1e-30)
     optimizer, schedule = softcot.make_optimizer(policy, still)
     print(" " * 10, *(f"{name:>12}" for name in COLUMNS), flush=True)
@@ -36,7 +55,8 @@ def bench_modes(policy: Policy, config: Config, problems: list[softcot.Problem])
         mode = SETTINGS[f"{cot}_sample"]
         new = dict(cot=cot, tau=mode.tau, sigma_scale=mode.noise or None, noise_at="embedding")
         how = (dataclasses.replace(config, **new), optimizer, schedule)
-        seen = [softcot.train_step(policy, problems, step, *how)[0] for step in range(4)]
+        with nothing_ends(policy), replaced("reward", lambda *_: next(coin)):
+            seen = [softcot.train_step(policy, problems, step, *how)[0] for step in range(4)]
         medians = [np.median([metrics[name] for metrics in seen[1:]]) for name in COLUMNS]
         print(f"{cot:10}", *(f"{x:12.2f}" for x in medians), flush=True)
 
