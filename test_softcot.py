@@ -2573,6 +2573,18 @@ def test_text_that_goes_on_is_not_given_a_space_of_its_own():
     assert policy.decode(begins[0]) == " c"  # as the model knows it
 
 
+def test_a_resumed_run_does_not_hold_on_to_the_file_of_its_state(tiny_folder, tmp_path):
+    """It will be replaced: Windows would refuse that, and Linux keep it on the disk."""
+    assert tiny_run(tiny_folder, tmp_path, "--steps", "2", "--eval-limit", "0") == 0
+    config, _ = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
+    policy = softcot.load_policy(config, str(tiny_folder))
+    optimizer, schedule = softcot.make_optimizer(policy, config)
+    assert softcot.load_state(tmp_path / "state.pt", policy, optimizer, schedule)[0] == 2
+    assert any(moments["exp_avg"].any() for moments in optimizer.state.values())
+    gc.collect()
+    assert "state.pt" not in Path("/proc/self/maps").read_text()
+
+
 def test_a_tokenizer_that_ends_each_text_is_not_taken_at_its_word():
     """The model would be asked to go on behind the end."""
     policy = tiny_policy("llama")
