@@ -1,6 +1,6 @@
 """Tests of softcot: every one compares with an oracle (numpy, float64, brute force, a plain loop).
 
-    python -m pytest                 # about 10 minutes on 2 CPU cores, no network
+    python -m pytest                 # about 8 minutes on a CPU, no network
 """
 
 import contextlib
