@@ -1643,7 +1643,8 @@ def check_policy(policy: Policy, close: float) -> None:
     Embeddings must say all that the model reads of a token; and mixtures of them, fed through the
     engine in two parts to two rows, one of which has a gap, must give what a plain pass over the
     row without its gap gives. Finds the factor that some models put behind their head."""
-    def alike(found, expected, what: str) -> None:
+    def alike(found: Tensor, expected: Tensor, what: str) -> None:
+        """AssertionError if two tensors differ by more than close, in units of the largest."""
         error = (found.float() - expected.float()).abs().max().item()
         largest = expected.float().abs().max().item()
         assert error <= close * largest, f"{what} differ by {error:.2g} of {largest:.2g}"
@@ -1866,7 +1867,8 @@ def noted_signals():
     """Within, SIGINT and SIGTERM are only noted, for stopping(); a second one stops at once.
 
     Does nothing outside of the main thread, where signals do not come."""
-    def note(number, _):
+    def note(number, _) -> None:
+        """Note a signal; the next one does what signals usually do."""
         SIGNALS.append(number)
         for one in before:  # torchrun hands each on more than once: the second is not the user's
             signal.signal(one, signal.SIG_IGN if several() else signal.default_int_handler)
