@@ -1784,6 +1784,15 @@ def join() -> None:
         sys.stdout = open(os.devnull, "w")
 
 
+def part_company() -> None:
+    """Leave the other processes, once the model is gone: threads of gloo's end before Python does.
+
+    One that still held a tensor would abort the process: pytorch#179291."""
+    if several():
+        gc.collect()
+        dist.destroy_process_group()
+
+
 def shard(policy: Policy, config: Config) -> Policy:
     """Split the policy over the processes: each layer, then what is outside of layers."""
     require(config.samples >= processes(), "--samples is too small: each process needs one")
@@ -2175,3 +2184,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit("Stopped at once; a run goes on from its last saved state with --resume")
+    finally:
+        part_company()
