@@ -26,17 +26,18 @@ Where the paper is silent or ambiguous, and where this differs from it: see the 
 
 from __future__ import annotations
 
-import argparse, concurrent.futures, dataclasses, datetime, gc, hashlib, itertools, json, math, os
-import re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time, typing
+import argparse, concurrent.futures, dataclasses, datetime, gc, json, math, os, re, shlex, shutil
+import signal, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Callable, Literal, Optional
+from typing import Callable, Optional
 
 import numpy as np
 import torch
 import transformers
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch import Tensor, distributed as dist, nn
 from torch.distributed import fsdp
@@ -46,9 +47,6 @@ from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-import toy_tasks
-from results.show import COLORS, plot_curves, plot_pass_at_k  # noqa: F401
 
 
 # ---- 1. Settings: three ways to think, six ways to run a model ----------------------------------
@@ -160,20 +158,19 @@ def before_noise(hidden: Tensor, logits: Tensor, setting: Setting, E: Tensor, to
 
 
 @dataclass
-class Part:
-    """One position of N rows, tensors [N, ...], or the T positions of a phase, [N, T, ...]."""
+class Step:
+    """One position of N rows: the input that next_input() makes, and what is known of it."""
 
-    x: Optional[Tensor]  # [.., D] the inputs as fed; None in a hard phase: the ids say it all
-    ids: Tensor  # [..] hard: the tokens; soft, fuzzy: the greedy shadow, arg-max p
-    logp: Tensor  # [..] nats, as the sampler saw it; 0 if deterministic: there is no density
-    entropy: Tensor  # [..] nats, of the next-token distribution before noise
-    eps: Optional[Tensor] = None  # [.., K] the noise that was drawn, in units of sigma
-    z: Optional[Tensor] = None  # [.., K] the noisy quantity where it is not x itself
-    top: Optional[Tensor] = None  # [.., k] which logits z is made of, for topk-logits
-    mask: Optional[Tensor] = None  # [..] True on real tokens
+    x: Tensor  # [N, D] the input
+    ids: Tensor  # [N] hard: the tokens; soft, fuzzy: the greedy shadow, arg-max p
+    logp: Tensor  # [N] nats, as the sampler saw it; 0 if deterministic: there is no density
+    entropy: Tensor  # [N] nats, of the next-token distribution before noise
+    eps: Optional[Tensor] = None  # [N, K] the noise that was drawn, in units of sigma
+    z: Optional[Tensor] = None  # [N, K] the noisy quantity where it is not x itself
+    top: Optional[Tensor] = None  # [N, k] which logits z is made of, for topk-logits
 
 
-def next_input(policy: Policy, hidden, setting: Setting, E, sigma, eps, u) -> Part:
+def next_input(policy: Policy, hidden, setting: Setting, E, sigma, eps, u) -> Step:
     """The next CoT input, made from the last hidden state.
 
     hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6).
@@ -184,17 +181,17 @@ def next_input(policy: Policy, hidden, setting: Setting, E, sigma, eps, u) -> Pa
     if setting.cot == "hard":
         token = sample_token(logits, setting.tau, u)
         logp = categorical_logp(token, logits, setting.tau) if setting.tau else 0 * nats
-        return Part(E[token], token, logp, nats)
+        return Step(E[token], token, logp, nats)
     mean, top = before_noise(hidden, logits, setting, E)  # [N, K]
     z = mean if eps is None else mean + (sigma * eps).to(mean.dtype)
     logp = 0 * nats if eps is None else soft_logp(eps, mean, sigma)
     if setting.noise_at == "embedding":
-        return Part(z, logits.argmax(-1), logp, nats)
+        return Step(z, logits.argmax(-1), logp, nats, eps)
     if setting.noise_at == "hidden":
         logits = policy.head(z)
     else:
         logits = z if top is None else logits.scatter(-1, top, z)
-    return Part(mixture(logits, setting.tau, E), logits.argmax(-1), logp, nats, z=z, top=top)
+    return Step(mixture(logits, setting.tau, E), logits.argmax(-1), logp, nats, eps, z, top)
 
 
 def random_words(seeds: Tensor, index: Tensor) -> Tensor:
@@ -222,18 +219,19 @@ def row_seeds(labels: list[tuple[int, ...]]) -> Tensor:
     return seeds
 
 
-def draw(seeds: Tensor, T: int, A: int, K: int) -> tuple[Tensor, Tensor]:
-    """Every random number of a rollout: u [N, T+A] in (0, 1), eps [N, T, K] normal (K may be 0).
+def draw(seeds: Tensor, position: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """The random numbers of a position [1] of each row: u [N] in (0, 1), eps [N, K] normal.
 
-    Row n depends on seeds[n] alone: neither its neighbours nor the batch size can change it. Each
-    position has 2^20 words of its own: one for u, the others for two eps each (Box and Muller)."""
-    position = torch.arange(T + A, device=seeds.device) << 20
-    pair = torch.arange((K + 1) // 2, device=seeds.device) + 1
-    u = unsigned_shift(random_words(seeds, position), 41) * 2.0**-23 + 2.0**-24  # not 0, not 1
-    words = random_words(seeds, position[:T, None] + pair)  # [N, T, K/2], 2 x 32 bits each
+    Row n's depend on seeds[n] alone: neither its neighbours nor the batch size can change them.
+    Each position has 2^20 words of its own: one for u, the others for two eps each (Box and
+    Muller). K may be 0."""
+    index = (position << 20) + torch.arange(1 + (K + 1) // 2, device=seeds.device)
+    words = random_words(seeds, index)  # [N, 1 + K/2]
+    u = unsigned_shift(words[:, 0], 41) * 2.0**-23 + 2.0**-24  # not 0, not 1
+    words = words[:, 1:]  # 2 x 32 bits each
     radius = (-2 * (((words & 0xFFFFFFFF) + 1) * 2.0**-32).log()).sqrt()
     angle = unsigned_shift(words, 32) * (2 * math.pi * 2.0**-32)
-    return u, torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[..., :K]
+    return u, torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[:, :K]
 
 
 # ---- 3. The model -------------------------------------------------------------------------------
@@ -327,8 +325,8 @@ class Policy:
             both, line = plain(["\n" + x for x in texts]).input_ids, plain("\n").input_ids
             tails = [ids[len(line) :] if ids[: len(line)] == line else None for ids in both]
             rows = [row if tail is None else tail for row, tail in zip(rows, tails)]
-        how = dict(padding_side="right", return_tensors="pt")
-        batch = self.tokenizer.pad({"input_ids": rows}, **how).to(self.model.device)
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        batch = batch.to(self.model.device)
         return batch.input_ids, batch.attention_mask.bool()
 
     @cached_property
@@ -339,16 +337,19 @@ class Policy:
 
     def decode(self, ids) -> str:
         """Text of token ids, without special tokens."""
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(ids, **how)
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
-    """What nn.Linear computes, as (W x^T)^T: on a CPU up to twice as fast for a few dozen rows."""
-    if torch.is_grad_enabled() or x[..., 0].numel() > 64:
-        return nn.functional.linear(x, linear.weight, linear.bias)
-    y = (linear.weight @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], len(linear.weight))
-    return y if linear.bias is None else y + linear.bias.to(y.dtype)
+class FewRows(nn.Linear):
+    """nn.Linear, computed as (W x^T)^T: on a CPU faster for a few dozen rows, as decoding has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., outputs]; with gradient or many rows as nn.Linear does it."""
+        if torch.is_grad_enabled() or x[..., 0].numel() > 64:
+            return super().forward(x)
+        y = (self.weight @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], len(self.weight))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 # ---- 4. Engine: rows that grow column by column, at fixed addresses -----------------------------
@@ -435,17 +436,20 @@ class Engine:
 
     def __init__(self, policy: Policy, rows: int, columns: int, steps: int):
         """Room for rows N and columns L, and for phases of up to T steps."""
-        new = partial(torch.zeros, device=policy.model.device)
+        zeros = partial(torch.zeros, device=policy.model.device)
         self.policy, self.room = policy, (rows, columns, steps)
         self.N, self.L, self.T = self.room
         self.batch, self.width, self.filled = rows, columns, 0  # rows, columns in use; columns full
-        self.real = new(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
-        self.row_at = new(rows, dtype=torch.int64)  # [N] the row in each place
-        self.column, self.t = new(1, dtype=torch.int64), new(1, dtype=torch.int64)  # the next ones
-        self.length = new(rows, dtype=torch.int64)  # [N] real steps of each row, if it has ended
-        self.u, self.sigma = new(rows, steps), new(())
+        self.real = zeros(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
+        self.row_at = zeros(rows, dtype=torch.int64)  # [N] the row in each place
+        self.column = zeros(1, dtype=torch.int64)  # the next one
+        self.t = zeros(1, dtype=torch.int64)  # the next position of the phase
+        self.position = zeros(1, dtype=torch.int64)  # the same in the rows' random streams
+        self.seeds = zeros(rows, dtype=torch.int64)  # [N] of these streams
+        self.length = zeros(rows, dtype=torch.int64)  # [N] real steps of each row, if it has ended
+        self.sigma = zeros(())
         self.hidden, self.E = None, None  # [N, H] of the last column; [V, D]
-        self.buffers = {}  # of each setting, by name: the fields of Part, [N, T, ...]
+        self.buffers = {}  # of each setting, by name: the fields of Phase, [N, T, ...]
         self.steps, self.weights = {}, {}  # by setting and shape; in bf16, by name
         alone = policy.model.device.type == "cuda" and not dist.is_initialized()
         # memory and stream that all recorded steps share; FSDP2 moves its weights: no recording
@@ -464,9 +468,8 @@ class Engine:
         E = self.policy.embeddings().detach()
         self.E = E if self.E is None or self.E.data_ptr() == E.data_ptr() else self.E.copy_(E)
         if self.policy.mixed:
-            modules = dict(self.policy.model.base_model.named_modules())
-            for layer in [name for name, module in modules.items() if type(module) is nn.Linear]:
-                for name, w in modules[layer].named_parameters():
+            for layer, module in self.policy.model.base_model.named_modules():
+                for name, w in module.named_parameters() if isinstance(module, nn.Linear) else ():
                     self.weights.setdefault(f"{layer}.{name}", w.detach().bfloat16()).copy_(w)
 
     def keys_and_values(self) -> list[Tensor]:
@@ -501,36 +504,41 @@ class Engine:
         for buffer in (self.real, *self.keys_and_values()):
             buffer[: len(order)] = buffer[order]
 
-    def begin(self, setting: Setting, T: int, hidden, u, eps, sigma: float) -> None:
-        """Start a phase of T steps: hidden [N, H] before it, u [N, T], eps [N, T, K] or None."""
-        self.setting, self.first = setting, self.filled
+    def begin(self, setting: Setting, T: int, hidden: Tensor, position=0, sigma=0.0, K=0,
+              keep=False) -> None:
+        """Start a phase of T steps: hidden [N, H] before it, noise of K entries a step and row.
+
+        position: that of its first step in the random streams. keep: also what the loss needs."""
+        self.setting, self.first, self.K = setting, self.filled, K
+        self.kept = {"ids", "logp", "entropy"}
+        if keep and setting.cot != "hard":
+            self.kept |= {"x", "eps", "z", "top"}
         if self.hidden is None:
             self.hidden = hidden.new_zeros(self.N, hidden.shape[1])
         self.hidden[: len(hidden)] = hidden
-        self.u[: len(u), :T] = u
-        self.eps = None if eps is None else self.buffer("eps", eps[:, 0])
-        if eps is not None:
-            self.eps[: len(eps), :T] = eps
         self.sigma.fill_(sigma)
         self.length.fill_(T)
+        self.position.fill_(position)
         self.t.zero_()
 
     def step(self) -> None:
         """One position of the rows in the batch: make the next input, write it down, feed it."""
         here, t = self.row_at[: self.batch], self.t  # [M], [1]
-        eps = None if self.eps is None else self.eps[here, t]
-        hidden, u = self.hidden[here], self.u[here, t]
-        new = next_input(self.policy, hidden, self.setting, self.E, self.sigma, eps, u)
-        for name, value in vars(new).items():
-            if value is not None and (self.setting.cot, name) != ("hard", "x"):
+        u, eps = draw(self.seeds[here], self.position, self.K)
+        eps = eps if self.K else None
+        made = next_input(
+            self.policy, self.hidden[here], self.setting, self.E, self.sigma, eps, u)
+        for name, value in vars(made).items():
+            if name in self.kept and value is not None:
                 self.buffer(name, value)[here, t] = value
         goes_on = t < self.length[here]
-        self.hidden[here] = self.feed(new.x[:, None], goes_on[:, None])[:, 0]
+        self.hidden[here] = self.feed(made.x[:, None], goes_on[:, None])[:, 0]
         t += 1
+        self.position += 1
 
     def run_step(self) -> None:
         """A step; on a GPU of one process, a replayed one."""
-        key = (self.setting, self.batch, self.width)
+        key = (self.setting, "x" in self.kept, self.batch, self.width)
         if key not in self.steps:
             self.steps[key] = Replay(self.step, *self.graphs) if self.graphs else self.step
         self.steps[key]()
@@ -551,14 +559,15 @@ class Engine:
             self.arrange(order)
             self.row_at[: self.batch], self.batch = here[order], batch
 
-    def part(self, length: list[int]) -> Part:
+    def phase(self, length: list[int]) -> Phase:
         """What the phase has made of the rows, up to the longest: copies."""
         N, end = len(length), max(length)
-        fields = {k: x[:N, :end].clone() for k, x in self.buffers[self.setting].items()}
+        made = self.buffers[self.setting]
+        fields = {name: made[name][:N, :end].clone() for name in self.kept & made.keys()}
         mask = torch.arange(end, device=self.real.device) < self.length[:N, None]
         for name in ("ids", "logp", "entropy"):
             fields[name] *= mask
-        return Part(**{"x": None} | fields, mask=mask)
+        return Phase(**fields, mask=mask)
 
 
 def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
@@ -586,6 +595,21 @@ def forget_engine(policy: Policy) -> None:
 # tokens.
 
 @dataclass
+class Phase:
+    """The T positions of a CoT or an answer of N rows, as they were sampled: see Step."""
+
+    ids: Tensor  # [N, T]
+    logp: Tensor  # [N, T]
+    entropy: Tensor  # [N, T]
+    mask: Tensor  # [N, T] True on real tokens
+    # what a loss needs; None where there is none, or where the ids say it all
+    x: Optional[Tensor] = None  # [N, T, D] the inputs
+    eps: Optional[Tensor] = None  # [N, T, K] the noise that was drawn, in units of sigma
+    z: Optional[Tensor] = None  # [N, T, K]
+    top: Optional[Tensor] = None  # [N, T, k]
+
+
+@dataclass
 class Rollout:
     """N sampled sequences and what the loss and the reports need of them; holds no gradient."""
 
@@ -595,20 +619,20 @@ class Rollout:
     prompt_mask: Tensor  # [N, P]
     prefill_ids: Tensor  # [N, F]
     prefill_mask: Tensor  # [N, F]
-    cot: Part  # T positions
-    answer: Part  # A positions
+    cot: Phase  # T positions
+    answer: Phase  # A positions
     stopped: list[bool]  # whether the CoT ended with the stop phrase
     cots: list[str]  # text of the CoT (of the shadow)
     answers: list[str]  # text after the opening of the box
 
 
 def rows_of(x, index: Tensor):
-    """The rows that index [M] selects of a tensor, a list, or every field of a Part or Rollout.
+    """The rows that index [M] selects of a tensor, a list, or every field of a Phase or Rollout.
 
-    The columns of a Part end where the longest of these rows does."""
-    if isinstance(x, (Part, Rollout)):
+    The columns of a Phase end where the longest of these rows does."""
+    if isinstance(x, (Phase, Rollout)):
         fields = {k: rows_of(v, index) for k, v in vars(x).items()}
-        if isinstance(x, Part):
+        if isinstance(x, Phase):
             end = 1 + max(fields["mask"].any(dim=0).nonzero().flatten().tolist(), default=-1)
             fields = {k: v if v is None else v[:, :end] for k, v in fields.items()}
         return type(x)(**fields)
@@ -623,29 +647,31 @@ def last(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting, max_cot: int,
-            max_answer: int, answer_tau: float) -> Rollout:
+            max_answer: int, answer_tau: float, keep: bool = True) -> Rollout:
     """Let the policy think about each prompt and answer it; no gradient is recorded.
 
     prompts, seeds: N of each; a prompt that comes several times is read once. answer_tau:
-    temperature of the answer (1 in training, 0 in evaluation). Returns N rows, as long as the
-    longest of them. Of several processes each samples some of the rows."""
-    how = (setting, max_cot, max_answer, answer_tau)
+    temperature of the answer (1 in training, 0 in evaluation). keep: also what the loss needs.
+    Returns N rows, as long as the longest of them. Of several processes each samples some of
+    them."""
+    sample = partial(rollout_here, setting=setting, max_cot=max_cot, max_answer=max_answer,
+                     answer_tau=answer_tau, keep=keep)  # fmt: skip
     if not several():
-        return rollout_here(policy, prompts, seeds, *how)
-    own = range(rank(), len(seeds), processes()) or [0]
+        return sample(policy, prompts, seeds)
+    own = list(range(rank(), len(seeds), processes())) or [0]
     with whole_weights(policy):
-        r = rollout_here(policy, [prompts[n] for n in own], seeds[list(own)], *how)
+        r = sample(policy, [prompts[n] for n in own], seeds[own])
         forget_engine(policy)  # it knows the weights by their place, and FSDP2 moves them
     return merged(r, len(seeds))
 
 
 @torch.no_grad()
 def rollout_here(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
-                 max_cot: int, max_answer: int, answer_tau: float) -> Rollout:
+                 max_cot: int, max_answer: int, answer_tau: float, keep: bool) -> Rollout:
     """rollout() of these rows in this process."""
     different = list(dict.fromkeys(prompts))  # B texts
     ids, mask = policy.tokenize(different)  # [B, P]
-    which = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
+    prompt_of = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
     N, P = len(prompts), ids.shape[1]
     F = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # the longest prefill
     engine = engine_with(policy, N, P + max_cot + F + max_answer, max(max_cot, max_answer))
@@ -658,11 +684,11 @@ def rollout_here(policy: Policy, prompts: list[str], seeds: Tensor, setting: Set
             quantity, _ = before_noise(hidden, policy.head(hidden), setting, engine.E)  # [B, K]
             unit = engine.E if setting.noise_at == "embedding" else quantity
             sigma, K = setting.noise * unit.float().square().mean().sqrt().item(), quantity.shape[1]
-        u, eps = draw(seeds.to(ids.device), max_cot, max_answer, K)
-        engine.arrange(which)
+        engine.arrange(prompt_of)
         engine.batch, engine.row_at[:N] = N, torch.arange(N, device=ids.device)
-        ids, mask = ids[which], mask[which]  # [N, P]
-        engine.begin(setting, max_cot, hidden[which], u[:, :max_cot], eps if K else None, sigma)
+        engine.seeds[:N] = seeds
+        prompt_ids, prompt_mask = ids[prompt_of], mask[prompt_of]  # [N, P]
+        engine.begin(setting, max_cot, hidden[prompt_of], 0, sigma, K, keep)
         cot, stopped = generate(engine, N, max_cot, lambda text: STOP.strip() in text)
         cots = [policy.decode(row[real]) for row, real in zip(cot.ids, cot.mask)]
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
@@ -673,26 +699,26 @@ def rollout_here(policy: Policy, prompts: list[str], seeds: Tensor, setting: Set
         fed = engine.feed(engine.E[prefill_ids[here]], prefill_mask[here])
         hidden = last(fed, prefill_mask[here])[here.argsort()]  # [N, H]
         hard = Setting("hard", answer_tau, 0.0)
-        engine.begin(hard, max_answer, hidden, u[:, max_cot:], None, 0.0)
+        engine.begin(hard, max_answer, hidden, position=max_cot)
         answer, _ = generate(engine, N, max_answer, lambda text: boxed(text) is not None)
     answers = [policy.decode(row[real]) for row, real in zip(answer.ids, answer.mask)]
-    prefix = (setting, sigma, ids, mask, prefill_ids, prefill_mask)
-    return Rollout(*prefix, cot, answer, stopped, cots, answers)
+    return Rollout(setting, sigma, prompt_ids, prompt_mask, prefill_ids, prefill_mask,
+                   cot, answer, stopped, cots, answers)
 
 
-def progress(what: str, steps=None, **how) -> tqdm:
+def progress(what: str, items, unit: str) -> tqdm:
     """A bar for what may take long: shown after five seconds, and by one process alone."""
-    return tqdm(steps, desc=what, leave=False, delay=5, disable=rank() > 0, **how)
+    return tqdm(items, desc=what, unit=unit, leave=False, delay=5, disable=rank() > 0)
 
 
-def generate(engine: Engine, N: int, T: int, done: Callable[[str], bool]) -> tuple:
-    """The phase that the engine began: up to T steps of N rows, each until done(its text).
+def generate(engine: Engine, N: int, T: int, ends: Callable[[str], bool]) -> tuple:
+    """The phase that the engine began: up to T steps of N rows, each until ends(its text).
 
-    Returns the Part and which rows were done. The text is looked at now and then; what a row went
+    Returns the Phase and which rows ended so. The text is looked at now and then; what a row went
     on with behind its end is masked out."""
     policy, device = engine.policy, engine.real.device
     texts, finished, length, going, t = [""] * N, [False] * N, [T] * N, list(range(N)), 0
-    bar = progress(f"sampling, {N} rows", total=T, unit="token")
+    bar = progress(f"sampling, {N} rows", range(T), "token")
     while going and t < T:
         count = min(LOOK[device.type], T - t)
         engine.reserve(count)
@@ -702,7 +728,7 @@ def generate(engine: Engine, N: int, T: int, done: Callable[[str], bool]) -> tup
         for n in going:
             for i, token in enumerate(tokens[n], start=t + 1):
                 texts[n] += policy.piece(token)
-                finished[n] = done(texts[n])
+                finished[n] = ends(texts[n])
                 if finished[n] or token in policy.ends:
                     length[n] = i
                     break
@@ -714,7 +740,7 @@ def generate(engine: Engine, N: int, T: int, done: Callable[[str], bool]) -> tup
         bar.update(count)
     bar.close()
     engine.batch = N
-    return engine.part(length), finished
+    return engine.phase(length), finished
 
 
 # ---- 6. Log-probabilities, advantages, gradient -------------------------------------------------
@@ -734,7 +760,7 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     embed = policy.model.get_input_embeddings()
     real = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
     prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
-    prompts, which = prompts.unique(dim=0, return_inverse=True)  # [B, P] different ones, [N]
+    prompts, prompt_of = prompts.unique(dim=0, return_inverse=True)  # [B, P] different ones, [N]
     P, T, F, A = (x.shape[1] for x in (prompts, r.cot.ids, r.prefill_ids, r.answer.ids))
     ids = torch.cat([r.cot.ids, r.prefill_ids, r.answer.ids], dim=1)  # [N, T+F+A]
     both = embed(torch.cat([prompts.clamp(min=0).flatten(), ids.flatten()]))  # one gradient of E
@@ -745,13 +771,14 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     columns = torch.arange(P + T + F + A, device=ids.device)
     with policy.arithmetic():
         if policy.recomputes:  # layers that run twice can't fill a cache
-            hidden = policy.run(torch.cat([prompt[which], rest], dim=1), real, columns)  # [N, L, H]
+            both = torch.cat([prompt[prompt_of], rest], dim=1)  # [N, L, D]
+            hidden = policy.run(both, real, columns)  # [N, L, H]
         else:
             cache = transformers.DynamicCache()
             first = policy.run(prompt, prompts >= 0, columns[:P], cache)  # [B, P, H]
-            cache.batch_select_indices(which)
+            cache.batch_select_indices(prompt_of)
             hidden = policy.run(rest, real, columns[P:], cache)
-            hidden = torch.cat([first[which], hidden], dim=1)  # [N, L, H]
+            hidden = torch.cat([first[prompt_of], hidden], dim=1)  # [N, L, H]
         # a column is predicted by the last real one before it: no gap is
         before = torch.where(real, columns, 0).cummax(dim=1).values.roll(1, dims=1)  # [N, L]
         cot = phase_logp(policy, r.cot, r.setting, r.sigma, hidden, before[:, P : P + T])
@@ -760,7 +787,7 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     return cot[0], answer[0], cot[1]
 
 
-def phase_logp(policy: Policy, part: Part, setting: Setting, sigma: float, hidden: Tensor,
+def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hidden: Tensor,
                before: Tensor) -> tuple[Tensor, Tensor]:
     """log pi of a phase's positions, with gradient, and how far their means moved: [N, T] each.
 
@@ -768,11 +795,12 @@ def phase_logp(policy: Policy, part: Part, setting: Setting, sigma: float, hidde
     (logits: V numbers a position, the largest tensors of all) exists for a few positions at a time,
     and is made again in the backward pass, where "reentrant" adds the gradient of each few to that
     of the weights at once instead of summing them beside it."""
-    row, place = part.mask.nonzero(as_tuple=True)  # [M] the real positions
+    row, place = phase.mask.nonzero(as_tuple=True)  # [M] the real positions
     # recomputation needs an input with gradient, even if all of it is constant
     found = hidden[row, before[row, place]].requires_grad_(torch.is_grad_enabled())  # [M, H]
-    noisy = part.x if part.z is None else part.z
-    fields = [None if x is None else x[row, place] for x in (part.ids, part.eps, noisy, part.top)]
+    noisy = phase.x if phase.z is None else phase.z
+    fields = (phase.ids, phase.eps, noisy, phase.top)
+    fields = [None if x is None else x[row, place] for x in fields]
     one = partial(positions_logp, policy, setting, sigma)
     if torch.is_grad_enabled():
         one = partial(recompute, one, use_reentrant=True)
@@ -781,7 +809,7 @@ def phase_logp(policy: Policy, part: Part, setting: Setting, sigma: float, hidde
         some = slice(i, i + size)
         values.append(one(found[some], *(None if x is None else x[some] for x in fields)))
     logp, moved = (torch.cat(x) for x in zip(*values))
-    zeros = torch.zeros(part.mask.shape, device=hidden.device)
+    zeros = torch.zeros(phase.mask.shape, device=hidden.device)
     return zeros.index_put((row, place), logp), zeros.index_put((row, place), moved.detach())
 
 
@@ -789,7 +817,7 @@ def positions_logp(policy: Policy, setting: Setting, sigma: float, hidden: Tenso
                    eps: Tensor, noisy: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """log pi of M positions and how far their means moved, in sigma: [M] each.
 
-    hidden [M, H], ids [M], eps and noisy [M, K] or None, top [M, k] or None: see Part."""
+    hidden [M, H], ids [M], eps and noisy [M, K] or None, top [M, k] or None: see Step."""
     logits = policy.head(hidden)
     if setting.cot == "hard":
         return categorical_logp(ids, logits, setting.tau), torch.zeros(len(ids), device=ids.device)
@@ -848,7 +876,7 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     nats, and how far a soft token's mean moved, in sigma, [M] each, M as many as there are."""
     loss, gaps, moves = 0.0, [], []
     parts = micro_batches(r, advantages, micro_batch or affordable_tokens(policy))
-    for index, advantage in progress("gradient", parts, unit="part"):
+    for index, advantage in progress("gradient", parts, "part"):
         part = rows_of(r, index)
         cot, answer, moved = called_by(policy, log_probs, part)  # [M, T], [M, A], [M, T]
         part_loss = -(advantage * (cot.sum(1) + answer.sum(1))).sum() / len(advantages)
@@ -887,13 +915,17 @@ CHECKPOINTS = 20  # validations in a run, at least, if it has as many steps
 
 def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> list[Problem]:
     """The B problems of a step: a fresh shuffle each epoch, as a function of (seed, step) alone."""
-    n = len(problems)
-    orders = cache(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
-    return [problems[orders(i // n)[i % n]] for i in range(step * B, step * B + B)]
+    chosen, n = [], len(problems)
+    for i in range(step * B, step * B + B):
+        order = np.random.default_rng([seed, i // n]).permutation(n)  # of epoch i // n
+        chosen.append(problems[order[i % n]])
+    return chosen
 
 
-def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *how) -> tuple:
-    """A rollout of G samples of each of B problems, and its rewards [B, G]; how: see rollout().
+def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, setting: Setting,
+             max_cot: int, max_answer: int, answer_tau: float,
+             keep: bool = True) -> tuple[Rollout, np.ndarray]:
+    """A rollout of G samples of each of B problems, and its rewards [B, G]; see rollout().
 
     Each sample's noise depends on (labels, problem, sample) alone; a problem may come twice."""
     before = [problems[:b].count(problem) for b, problem in enumerate(problems)]
@@ -901,7 +933,8 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, *ho
     seeds = row_seeds([(*labels, problem.id, g) for problem, g in samples])
     advice = "out of GPU memory in sampling: lower --samples, --prompts or the longest CoT"
     with explained(torch.OutOfMemoryError, advice):
-        r = rollout(policy, [problem.prompt for problem, _ in samples], seeds, *how)
+        prompts = [problem.prompt for problem, _ in samples]
+        r = rollout(policy, prompts, seeds, setting, max_cot, max_answer, answer_tau, keep)
     values = [reward(a, problem.gold, problem.equal) for a, (problem, _) in zip(r.answers, samples)]
     values = gather(values)[0]  # of several processes: a grader may run out of time in one of them
     return r, np.array(values).reshape(len(problems), G)
@@ -927,12 +960,13 @@ class AdamW16(torch.optim.AdamW):
     def step(self, closure=None) -> None:
         """Update weights that have a gradient, one by one: few fp32 copies live at a time."""
         (group,) = self.param_groups
-        how = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        beta1, beta2 = group["betas"]
         for w in (w for w in group["params"] if w.grad is not None):
             rounded = (w, self.state[w]["exp_avg"], self.state[w]["exp_avg_sq"])
             exact, m, v = (x.float() for x in rounded)
-            steps, (beta1, beta2) = [self.state[w]["step"]], group["betas"]
-            adamw([exact], [w.grad.float()], [m], [v], [], steps, beta1=beta1, beta2=beta2, **how)
+            adamw([exact], [w.grad.float()], [m], [v], [], [self.state[w]["step"]], beta1=beta1,
+                  beta2=beta2, lr=group["lr"], eps=group["eps"], weight_decay=0.0, amsgrad=False,
+                  maximize=False)
             for old, new in zip(rounded, (exact, m, v)):
                 old.copy_(round_by_chance(new))
 
@@ -951,8 +985,8 @@ def make_optimizer(policy: Policy, config: Config) -> tuple:
         """The share of the peak learning rate that a step has."""
         if step < config.warmup:
             return (step + 1) / config.warmup
-        done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        return 0.5 + 0.5 * math.cos(math.pi * done)
+        after = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return 0.5 + 0.5 * math.cos(math.pi * after)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
@@ -980,8 +1014,9 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     """One step of the algorithm; returns its metrics, rollout [N rows] and rewards [B, G]."""
     peak_gib(policy.model.device)  # forget what was before
     start = time.perf_counter()
-    how = (settings_of(config)[f"{config.cot}_sample"], config.max_cot, config.max_answer, 1.0)
-    r, rewards = rewarded(policy, problems, config.samples, (config.seed, 0, step), *how)
+    setting, answer_tau = settings_of(config)[f"{config.cot}_sample"], 1.0
+    r, rewards = rewarded(policy, problems, config.samples, (config.seed, 0, step), setting,
+                          config.max_cot, config.max_answer, answer_tau)
     rollout_gib, rolled = peak_gib(policy.model.device), time.perf_counter()
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
@@ -1026,9 +1061,9 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
     score = evaluate(policy, held_out, greedy, config, 1)["k"]["1"] if held_out else float(step)
     if score >= best or not (out / "model").exists():
         best = score
-        whole = states.get_model_state_dict(policy.model, options=WHOLE)
+        weights = states.get_model_state_dict(policy.model, options=WHOLE)
         once = dict([*policy.model.named_parameters(), *policy.model.named_buffers()])
-        weights = {k: w for k, w in whole.items() if k in once}  # a tied head is E
+        weights = {name: w for name, w in weights.items() if name in once}  # a tied head is E
         if rank() == 0:
             with replacing(out / "model") as folder:  # an ordinary one, for from_pretrained()
                 policy.model.save_pretrained(folder, state_dict=weights)
@@ -1041,14 +1076,13 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
 
     State and curves are saved as often as costs a twentieth of the time, and at the end."""
     optimizer, schedule = make_optimizer(policy, config)
-    state = (out / "state.pt", policy, optimizer, schedule)
     if config.resume and (out / "state.pt").exists():
-        done, best = load_state(*state)
+        first, best = load_state(out / "state.pt", policy, optimizer, schedule)
     else:
-        done, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0)
-    history, _ = (read_log(out / name, lambda row: row["step"] <= done) for name in LOGS)
+        first, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0)
+    history, _ = (read_log(out / name, lambda row: row["step"] <= first) for name in LOGS)
     every = max(1, config.steps // CHECKPOINTS)
-    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=config.cot,
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=config.cot,
                disable=rank() > 0)
     saved, saving = time.perf_counter(), 0.0
     for step in bar:
@@ -1071,9 +1105,9 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         if stop or last or gather(seldom)[0]:
             bar.set_postfix_str("saving")
             start = time.perf_counter()
-            save_state(*state, step + 1, best)
+            save_state(out / "state.pt", policy, optimizer, schedule, step + 1, best)
             if rank() == 0:
-                plot_curves(out, config.cot)
+                plot_curves(history, config.cot, out / "curves.png")
             saved = time.perf_counter()
             saving = saved - start
         if stop:
@@ -1085,6 +1119,26 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
                        " samples.jsonl; try more --samples, a longer --max-cot or another --task")
         shown = {key: round(metrics[key], 2) for key in ("reward", "success", "cot_len")}
         bar.set_postfix(shown | ({"best": round(best, 3)} if held_out else {}))
+
+
+COLORS = {"base": "#7f7f7f", "hard": "#0072b2", "soft": "#d55e00", "fuzzy": "#009e73"}
+
+
+def plot_curves(rows: list[dict], cot: str, path: Path) -> None:
+    """Draw what to look at first when a run does not learn, from the lines of metrics.jsonl."""
+    width = max(1, len(rows) // 20)
+    panels = {"success": "success rate", "cot_len": "CoT length (tokens)"}
+    panels |= {"cot_entropy": "CoT entropy (nats)", "mixed_groups": "groups with mixed rewards"}
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(2, 2).flat, panels.items()):
+        values = [row[key] for row in rows]
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(range(1, len(rows) + 1), values, color=COLORS[cot], alpha=0.25)
+        axes.plot(range(width, len(rows) + 1), smooth, color=COLORS[cot])
+        axes.set(xlabel="step", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{cot} training, sampled as {cot}_sample; thick line: mean of {width} steps")
+    figure.savefig(path, dpi=110)
 
 
 # ---- 8. Evaluation ------------------------------------------------------------------------------
@@ -1100,39 +1154,32 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: Config, n: int,
-             log: Optional[Path] = None) -> dict:
+def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: Config,
+             n: int) -> dict:
     """pass@1, 2, 4, ... n of a setting with n samples a problem (1 if it is deterministic).
 
     k_error: standard error of each pass@k over the problems. entropy_by_position: mean over the
     CoTs that got there, in nats (the paper's Figure 4). Problems go in order of length, so that a
-    batch has little padding. What log holds of the same evaluation is not done again."""
+    batch has little padding."""
     n = 1 if setting.deterministic else n
-    how = (setting, config.eval_max_cot, config.max_answer, 0.0)  # 0.0: answers are greedy
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
     size = max(1, config.prompts * config.samples // n)  # as many rows as a training rollout has
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    same = [n, size, how, config.seed, config.dtype, [(p.prompt, p.gold) for p in ordered]]
-    same.append(Path(__file__).read_bytes())  # whoever edits this file will want new figures
-    same += [w.detach().float().sum().item() for w in policy.model.parameters() if log]
-    key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
-    done = {row["batch"]: row for row in (read_log(log) if log else []) if row["key"] == key}
-    for i, batch in enumerate(progress("evaluation", batches, unit="batch")):
-        if i not in done:
-            r, rewards = rewarded(policy, batch, n, (config.seed, 1), *how)
-            done[i] = {
-                "correct": (rewards == 100).sum(axis=1).tolist(),  # of n, for each problem
-                "stopped": sum(r.stopped),
-                "reached": r.cot.mask.sum(0).tolist(),  # CoTs with a token at position t
-                "entropy": r.cot.entropy.cpu().double().sum(0).tolist(),  # sum over these, in nats
-            }
-            if log:
-                append_jsonl(log, {"key": key, "batch": i, **done[i]})
-                if stopping():
-                    raise Stopped
-    counts = [c for i in range(len(batches)) for c in done[i]["correct"]]
-    by_batch = ([row[name] for row in done.values()] for name in ("reached", "entropy"))
-    reached, nats = (np.sum([*itertools.zip_longest(*x, fillvalue=0)], 1) for x in by_batch)  # [T]
+    counts, stopped = [], 0  # right samples of each problem; CoTs with the stop phrase
+    reached, nats = np.zeros((2, config.eval_max_cot))  # CoTs with a token at t; their entropy
+    for batch in progress("evaluation", batches, "batch"):
+        if stopping():
+            raise Stopped
+        answer_tau = 0.0  # greedy
+        r, rewards = rewarded(policy, batch, n, (config.seed, 1), setting, config.eval_max_cot,
+                              config.max_answer, answer_tau, keep=False)
+        counts += (rewards == 100).sum(axis=1).tolist()
+        stopped += sum(r.stopped)
+        T = r.cot.ids.shape[1]
+        reached[:T] += r.cot.mask.sum(0).cpu().numpy()
+        nats[:T] += r.cot.entropy.double().sum(0).cpu().numpy()
+    longest = np.count_nonzero(reached)
+    reached, nats = reached[:longest], nats[:longest]
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
     passed = {str(k): [pass_at_k(n, c, k) for c in counts] for k in ks}
     samples = n * len(problems)
@@ -1143,7 +1190,7 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
         "cot_entropy": float(nats.sum() / reached.sum()),
         "entropy_by_position": (nats / reached).round(4).tolist(),
         "cot_len": float(reached.sum() / samples),
-        "stop_rate": sum(row["stopped"] for row in done.values()) / samples,
+        "stop_rate": stopped / samples,
     }
 
 
@@ -1154,17 +1201,17 @@ def evaluate_choices(policy: Policy, name: str, rows: list[dict]) -> dict:
     Teacher-forced: the log-probability of a rollout without CoT whose answer is the option. The
     model's choice is the option with the highest log-probability per token."""
     scores = {"accuracy": [], "nll": []}
-    for row in progress(name, rows):
+    for row in progress(name, rows, "question"):
         if stopping():
             raise Stopped
         question, options, right = CHOICES[name][2](row)
         ids, mask = policy.tokenize([question] * len(options))  # [options, P]
         option_ids, option_mask = policy.tokenize(options, begins=False)
         none = ids[:, :0]  # [options, 0]
-        cot = Part(None, none, none, none, mask=none.bool())
-        answer = Part(None, option_ids, none, none, mask=option_mask)
-        prefix = (SETTINGS["hard_sample"], 0.0, ids, mask, none, none.bool())
-        r = Rollout(*prefix, cot, answer, [], [], [])
+        cot = Phase(none, none, none, none.bool())
+        answer = Phase(option_ids, none, none, option_mask)
+        hard = SETTINGS["hard_sample"]
+        r = Rollout(hard, 0.0, ids, mask, none, none.bool(), cot, answer, [], [], [])
         _, logp, _ = called_by(policy, log_probs, r)
         logp = logp.sum(1) / option_mask.sum(1)  # [options] nats per token
         scores["accuracy"].append(logp.argmax().item() == right)
@@ -1178,28 +1225,35 @@ def evaluate_all(policy: Policy, config: Config, tests: dict[str, list], stage: 
                  path: Path) -> dict[str, float]:
     """Evaluate --eval-settings on tests (see load_data()), print a table and write path.
 
-    Returns the figures by their names, those of the first task first."""
+    Returns the figures by their names, those of the first task first. What --resume finds in path,
+    of the same weights, is not done again."""
     records, figures = json.loads(path.read_bytes()) if path.exists() else [], {}
+    weights = sum(w.detach().float().sum().item() for w in policy.model.parameters())
     for task, problems in tests.items():
         print(f"\n{stage}, {task}, {config.eval_k} samples of each problem:")
         if task not in CHOICES:
             print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
         for name in ["teacher_forced"] if task in CHOICES else config.eval_settings:
-            if task in CHOICES:
+            key = {"stage": stage, "task": task, "setting": name}
+            before = [row for row in records if key.items() <= row.items()]
+            if config.resume and before and before[0]["weights"] == weights:
+                scores = before[0]
+            elif task in CHOICES:
                 scores = evaluate_choices(policy, task, problems)
+            else:
+                setting = settings_of(config)[name]
+                scores = evaluate(policy, problems, setting, config, config.eval_k)
+            if task in CHOICES:
                 figures[f"{task} accuracy"] = scores["accuracy"]
                 line = "accuracy {accuracy:.3f}, {nll:.3f} nats per token of the right answer"
             else:
-                setting, log = settings_of(config)[name], path.with_name("eval_batches.jsonl")
-                scores = evaluate(policy, problems, setting, config, config.eval_k, log)
                 n, ks = scores["n"], scores["k"]
                 figures[f"{task} {name} pass@1"] = ks["1"]
                 line = f"{ks['1']:7.3f} {scores['k_error']['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
                 line += " {cot_len:8.1f} {stop_rate:5.2f} {cot_entropy:8.3f}"
             print(f"{name:14}", line.format(**scores))
-            key = {"stage": stage, "task": task, "setting": name}
-            records = [old for old in records if not key.items() <= old.items()]
-            records.append(key | {"model": config.model or "toy"} | scores)
+            records = [row for row in records if row not in before]
+            records.append({**key, "model": config.model or "toy", "weights": weights, **scores})
             write_json(path, records)
     return figures
 
@@ -1440,7 +1494,9 @@ VALIDATION = 128  # problems held out of a training split to choose the checkpoi
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory"
 SUBJECTS += " prealgebra precalculus"
 SHORT, LONG = PAPER_STEP | {"max_cot": 128}, PAPER_STEP | {"max_cot": 512}
-TOY = plain_gold, toy_tasks.DEFAULTS, same_number, "QUESTION"
+TOY_STEP = {"steps": 100, "prompts": 32, "samples": 32, "max_cot": 9, "max_answer": 3}
+TOY_STEP |= {"lr": 5e-5, "eval_k": 32, "eval_max_cot": 9, "eval_limit": 128}
+TOY = plain_gold, TOY_STEP, same_number, "QUESTION"
 TASKS = {
     "toy": Task((), "train", "test", *TOY, fuzzy_tau=0.1),
     "toy-large": Task((), None, "test", *TOY),
@@ -1489,6 +1545,7 @@ def read_rows(config: Config, name: str, split: str) -> list[dict]:
     if name.endswith(".jsonl"):
         return read_jsonl(Path(name))
     if name.startswith("toy"):
+        import toy_tasks  # only here and in run(): a copy of this file alone does without it
         return toy_tasks.rows(name, split)
     if config.data_dir:
         return read_jsonl(Path(config.data_dir) / name / f"{split}.jsonl")
@@ -1508,10 +1565,10 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     Validation problems (and test problems, where the task has no test split) are held out of the
     training split, always the same. Repeated questions and rows without an answer are skipped."""
     task = task_named(name)
-    whole = "test" if split == "test" and task.test else "train"
-    rows, problems, seen, answerless = read_rows(config, name, whole), [], set(), 0
+    source = "test" if split == "test" and task.test else "train"
+    rows, problems, seen, answerless = read_rows(config, name, source), [], set(), 0
     for i, row in enumerate(rows):
-        where = f"{name} {whole}: row {i + 1}"
+        where = f"{name} {source}: row {i + 1}"
         question = row.get("question") if row.get("problem") is None else row["problem"]
         require(isinstance(question, str), f"{where} has no text in a field problem or question")
         errors = (KeyError, TypeError, AttributeError, UnicodeError)
@@ -1524,11 +1581,11 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
         answerless += not gold
         seen.add(question)
     skipped = f"{answerless} without an answer, {len(rows) - len(seen)} repeated"
-    if whole == "train":
+    if source == "train":
         order = np.random.default_rng(0).permutation(len(problems))
-        few = min(VALIDATION, max(1, len(problems) // 10))
-        first = few if task.test else 2 * few  # where training problems begin
-        parts = {"validation": order[:few], "test": order[few:first], "train": order[first:]}
+        size = min(VALIDATION, max(1, len(problems) // 10))
+        first = size if task.test else 2 * size  # where training problems begin
+        parts = {"validation": order[:size], "test": order[size:first], "train": order[first:]}
         problems = [problems[i] for i in parts[split]]
     require(problems, f"{name}: the {split} split is empty")
     print(f"{name} {split}: {len(problems)} problems of {len(rows)} rows; skipped: {skipped}")
@@ -1567,8 +1624,9 @@ def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, lis
         train = fitting(policy, load_problems(config, config.task, "train"), config)
         held_out = load_problems(config, config.task, "validation")[: config.eval_limit]
         held_out = fitting(policy, held_out, config) if held_out else []
-        few = f"{len(train)} problems for --prompts {config.prompts}: some come twice in a step"
-        print(few if len(train) < config.prompts else "", end="")
+        if len(train) < config.prompts:
+            given = f"{len(train)} problems for --prompts {config.prompts}"
+            print(f"{given}: some come twice in a step")
     for task in config.eval_tasks if config.eval_limit != 0 else ():
         if task in CHOICES:
             _, split, read = CHOICES[task]
@@ -1608,9 +1666,10 @@ def load_policy(config: Config, source: str) -> Policy:
     hint = f"--model {source} is the folder of a run: did you mean {source}/model"
     require(not (Path(source) / "model" / "config.json").exists(), hint)
     with explained(LOADING, f"--model {source}: could not be loaded; {advice}"):
-        how = {"trust_remote_code": False}  # a folder's own code is never run
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left", **how)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **how)
+        own_code = False  # of a folder: it is never run
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=own_code)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=own_code)
     require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
     added, V = tokenizer.added_tokens_decoder, model.get_input_embeddings().num_embeddings
     others = sum(id >= V and token.special for id, token in added.items())  # images, say: not text
@@ -1620,11 +1679,11 @@ def load_policy(config: Config, source: str) -> Policy:
     use_gpu_well(config.device)
     for module in model.modules():
         if type(module) is nn.Linear and config.device == "cpu":
-            module.forward = partial(few_rows, module)
+            module.__class__ = FewRows  # the same weights, under the same names
         if isinstance(module, GradientCheckpointingLayer) and config.gradient_checkpointing:
             module.forward = partial(recompute, module.forward, use_reentrant=False)
-    how = (config.dtype == "bf16-mixed", config.gradient_checkpointing)
-    policy = Policy(model.to(config.device).eval(), tokenizer, *how)
+    policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed",
+                    config.gradient_checkpointing)
     again = policy.decode(tokenizer(STOP + BOX, add_special_tokens=False).input_ids)
     lost = f"--model {source}: its tokenizer makes {again!r} of the stop phrase {STOP + BOX!r}"
     require(STOP.strip() in again and BOX in again, lost)
@@ -1654,8 +1713,8 @@ def check_policy(policy: Policy, close: float) -> None:
         ids = torch.arange(5, device=E.device)[None] % len(E)
         words = model(ids, use_cache=False).logits
         alike(model(inputs_embeds=E[ids], use_cache=False).logits, words, "logits of embeddings")
-        p = draw(row_seeds([(0,), (1,)]).to(E.device), 0, 5, 0)[0][..., None]  # [2, 5, 1]
-        x = p.to(E.dtype) * E[ids] + (1 - p).to(E.dtype) * E[ids + 1]  # [2, 5, D]
+        p = torch.linspace(0.1, 0.9, 10, device=E.device).view(2, 5, 1).to(E.dtype)
+        x = p * E[ids] + (1 - p) * E[ids + 1]  # [2, 5, D]
         before, real = x.clone(), torch.ones(2, 5, dtype=torch.bool, device=E.device)
         real[1, 2] = False
         engine = policy.engine = Engine(policy, 2, 5, 1)
@@ -1827,10 +1886,10 @@ def whole_weights(policy: Policy):
 
 
 def merged(x, N: int):
-    """Of a field of this process's rows, a Part or a Rollout, the same of all N rows.
+    """Of a field of this process's rows, a Phase or a Rollout, the same of all N rows.
 
     Row n is of process n modulo their number; shorter ones are padded at their end."""
-    if isinstance(x, (Part, Rollout)):
+    if isinstance(x, (Phase, Rollout)):
         return type(x)(**{name: merged(value, N) for name, value in vars(x).items()})
     if not isinstance(x, (list, Tensor)):
         return x
@@ -1868,29 +1927,14 @@ def explained(errors, message: str):
         raise UserError(f"{message} ({reason})") from error
 
 
-SIGNALS = []  # SIGINT and SIGTERM that came while noted_signals() was at work
+SIGNALS = []  # that came while a run was at work
 
 
-@contextmanager
-def noted_signals():
-    """Within, SIGINT and SIGTERM are only noted, for stopping(); a second one stops at once.
-
-    Does nothing outside of the main thread, where signals do not come."""
-    def note(number, _) -> None:
-        """Note a signal; the next one does what signals usually do."""
-        SIGNALS.append(number)
-        for one in before:  # torchrun hands each on more than once: the second is not the user's
-            signal.signal(one, signal.SIG_IGN if several() else signal.default_int_handler)
-
-    SIGNALS.clear()
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def note_signal(number: int, _) -> None:
+    """Note SIGINT or SIGTERM for stopping(); a second one ends the program at once."""
+    SIGNALS.append(number)
+    if len(SIGNALS) > 1 and not several():  # torchrun hands each on more than once
+        raise KeyboardInterrupt
 
 
 def stopping() -> bool:
@@ -1901,10 +1945,14 @@ def stopping() -> bool:
 # ---- 14. Configuration and main -----------------------------------------------------------------
 # One flag a field; what is left out is filled in from the task, the mode and the machine.
 
-def option(default, text: str):
-    """A Config field with the help text that --help prints."""
-    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**how, metadata={"help": text})
+MODES, DTYPES = ("soft", "fuzzy", "hard"), ("fp32", "bf16-mixed", "bf16")
+PLACES = ("embedding", "hidden", "logits", "topk-logits")  # of the noise
+
+
+def option(default, text: str, **how):
+    """A Config field: its default, the text of --help, and how argparse reads its flag."""
+    made = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**made, metadata={"help": text, **how})
 
 
 @dataclass(frozen=True)
@@ -1913,35 +1961,40 @@ class Config:
 
     model: Optional[str] = option(None, "hub id or folder of a causal LM (default: toy)")
     task: str = option("toy", "toy | gsm8k | math | deepscaler | FILE.jsonl with question, answer")
-    cot: Literal["soft", "fuzzy", "hard"] = option("soft", "what the CoT is made of in training")
-    steps: Optional[int] = option(None, "gradient steps, one rollout each")
-    prompts: Optional[int] = option(None, "B: prompts a step")
-    samples: Optional[int] = option(None, "G: samples of each prompt")
-    max_cot: Optional[int] = option(None, "longest CoT in tokens, in training")
-    max_answer: Optional[int] = option(None, "longest answer in tokens")
-    eval_max_cot: Optional[int] = option(None, "longest CoT in tokens, in evaluation")
-    lr: Optional[float] = option(None, "peak learning rate of AdamW")
-    warmup: int = option(20, "steps of linear warm-up before the cosine decay")
-    tau: Optional[float] = option(None, "temperature of the CoT's token distribution")
-    sigma_scale: Optional[float] = option(None, "noise, in units of the RMS of what it is added to")
-    noise_at: Literal["embedding", "hidden", "logits", "topk-logits"] = option(
-        "embedding", "what the noise is added to; all but embedding are ablations")
-    seed: int = option(0, "seed of data order, noise and sampling")
+    cot: str = option("soft", "what the CoT is made of in training", choices=MODES)
+    steps: Optional[int] = option(None, "gradient steps, one rollout each", type=int)
+    prompts: Optional[int] = option(None, "B: prompts a step", type=int)
+    samples: Optional[int] = option(None, "G: samples of each prompt", type=int)
+    max_cot: Optional[int] = option(None, "longest CoT in tokens, in training", type=int)
+    max_answer: Optional[int] = option(None, "longest answer in tokens", type=int)
+    eval_max_cot: Optional[int] = option(None, "longest CoT in tokens, in evaluation", type=int)
+    lr: Optional[float] = option(None, "peak learning rate of AdamW", type=float)
+    warmup: int = option(20, "steps of linear warm-up before the cosine decay", type=int)
+    tau: Optional[float] = option(None, "temperature of the CoT's token distribution", type=float)
+    sigma_scale: Optional[float] = option(
+        None, "noise, in units of the RMS of what it is added to", type=float)
+    noise_at: str = option(
+        "embedding", "what the noise is added to; all but embedding are ablations", choices=PLACES)
+    seed: int = option(0, "seed of data order, noise and sampling", type=int)
     out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-MODEL-COT-sSEED)")
     data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
-    resume: bool = option(False, "continue the run in --out-dir from its last saved state")
-    eval_only: bool = option(False, "evaluate --model, train nothing")
-    eval_tasks: list[str] = option([], "also math500 olympiadbench hellaswag mmlu arc")
-    eval_settings: list[str] = option(list(SETTINGS), f"some of: {' '.join(SETTINGS)}")
-    eval_k: Optional[int] = option(None, "k: samples a problem in evaluation, for pass@k")
-    eval_limit: Optional[int] = option(None, "test problems to evaluate; 0 skips all evaluation")
+    resume: bool = option(
+        False, "continue the run in --out-dir from its last saved state", action="store_true")
+    eval_only: bool = option(False, "evaluate --model, train nothing", action="store_true")
+    eval_tasks: list[str] = option([], "also math500 olympiadbench hellaswag mmlu arc", nargs="+")
+    eval_settings: list[str] = option(list(SETTINGS), f"of {' '.join(SETTINGS)}", nargs="+")
+    eval_k: Optional[int] = option(None, "samples a problem in evaluation, for pass@k", type=int)
+    eval_limit: Optional[int] = option(
+        None, "test problems to evaluate; 0 skips all evaluation", type=int)
     micro_batch: Optional[int] = option(
-        None, "tokens in one backward pass (default: as many as the memory has room for)")
-    gradient_checkpointing: bool = option(False, "run layers again in the backward pass: memory")
-    dtype: Optional[Literal["fp32", "bf16-mixed", "bf16"]] = option(
-        None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic")
+        None, "tokens in one backward pass (default: as many as the memory has room for)", type=int)
+    gradient_checkpointing: bool = option(
+        False, "run layers again in the backward pass: memory", action="store_true")
+    dtype: Optional[str] = option(
+        None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic", choices=DTYPES)
     device: Optional[str] = option(None, "cuda, mps or cpu (default: the first that is there)")
-    threads: Optional[int] = option(None, "CPU threads (default: 1 for the toy, else PyTorch's)")
+    threads: Optional[int] = option(
+        None, "CPU threads (default: 1 for the toy, else PyTorch's)", type=int)
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -1957,20 +2010,16 @@ class Config:
             for name in names:
                 ok = name in choices or name.endswith(".jsonl") and "FILE.jsonl" in choices
                 require(ok, f"{where} {name} is unknown: choose from {', '.join(choices)}")
-        mistakes = {  # what to say: whether it is so
-            f"--task {self.task} has no training problems: add --eval-only, or name another task":
-                not self.eval_only and not task_named(self.task).train,
-            "--sigma-scale and --noise-at have no use with --cot hard: leave them out":
-                self.cot == "hard" and (self.sigma_scale or self.noise_at != "embedding"),
-            f"--task {self.task} needs a pretrained model: add --model, a hub id or a folder":
-                self.task != "toy" and self.model is None,
-            "--resume continues training, --eval-only trains nothing: leave one out":
-                self.eval_only and self.resume,
-            "--eval-limit 0 skips all evaluation, --eval-only does nothing else: leave one out":
-                self.eval_only and self.eval_limit == 0,
-        }  # fmt: skip
-        for message, made in mistakes.items():
-            require(not made, message)
+        if self.eval_only:
+            require(not self.resume, "--resume trains, --eval-only does not: leave one out")
+            require(self.eval_limit != 0, "--eval-limit 0 leaves --eval-only nothing to do")
+        else:
+            require(task_named(self.task).train, f"--task {self.task} is only for --eval-only")
+        noisy = self.sigma_scale or self.noise_at != "embedding"
+        useless = "--sigma-scale and --noise-at have no use with --cot hard: leave them out"
+        require(self.cot != "hard" or not noisy, useless)
+        missing = f"--task {self.task} needs a pretrained model: add --model, a hub id or a folder"
+        require(self.task == "toy" or self.model, missing)
 
 
 def flag(name: str) -> str:
@@ -2010,9 +2059,11 @@ def filled(config: Config) -> tuple[Config, str]:
     }
     if config.max_cot is not None:
         defaults["eval_max_cot"] = config.max_cot
-    new = {k: v for k, v in defaults.items() if getattr(config, k) in (None, []) and v is not None}
-    words = (f"{flag(k)} {' '.join(v) if isinstance(v, list) else v}" for k, v in new.items())
-    return dataclasses.replace(config, **new), f"filled in: {' '.join(words)}"
+    missing = {name: value for name, value in defaults.items()
+               if getattr(config, name) in (None, []) and value is not None}  # fmt: skip
+    words = (f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
+             for name, value in missing.items())  # fmt: skip
+    return dataclasses.replace(config, **missing), f"filled in: {' '.join(words)}"
 
 
 def default_folder(config: Config) -> str:
@@ -2029,22 +2080,11 @@ def parse(arguments: list[str]) -> Config:
         allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0])
     parser.error = partial(require, False)  # argparse's own prints the usage and exits
     for field in dataclasses.fields(Config):
-        how, kind = {"help": field.metadata["help"]}, typing.get_type_hints(Config)[field.name]
-        if typing.get_origin(kind) is typing.Union:  # Optional[kind]
-            kind = typing.get_args(kind)[0]
-        if kind is bool:
-            how["action"] = "store_true"
-        elif typing.get_origin(kind) is Literal:
-            how["choices"] = typing.get_args(kind)
-        elif kind == list[str]:
-            how["nargs"] = "+"
-        else:
-            how["type"] = kind
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **how)
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **field.metadata)
     return Config(**vars(parser.parse_args(arguments)))
 
 
-MAY_CHANGE = "eval_tasks eval_settings eval_k micro_batch gradient_checkpointing threads device"
+MAY_CHANGE = "eval_tasks eval_settings micro_batch gradient_checkpointing threads device"
 
 
 def check_folder(config: Config, out: Path) -> None:
@@ -2068,7 +2108,7 @@ def check_folder(config: Config, out: Path) -> None:
         name = old.get("model") or "the toy"
         require(not old or own, f"--out-dir {out} is of another model, {name}: name another folder")
     else:
-        names = ("config.json", "eval.json", "eval_batches.jsonl", "state.pt", "model", *LOGS)
+        names = ("config.json", "eval.json", "state.pt", "model", *LOGS)
         files = [name for name in names if (out / name).exists()]
         ways = "--resume goes on with it, another --out-dir starts a new one"
         require(not files, f"--out-dir {out} holds a run already ({', '.join(files)}): {ways}")
@@ -2093,26 +2133,22 @@ def check_disk(policy: Policy, out: Path) -> None:
         print(size)
 
 
-WINDOW = 0.01, 0.85  # of the base's success with noise: at least; at most, in units of that without
-
-
 def noise_advice(config: Config, figures: dict[str, float]) -> str:
     """What the base's success with the noise and without it says of --sigma-scale, or nothing.
 
-    Too little noise costs nothing: it changes no outcome, so there is nothing to compare. With too
-    much, too few are right to be rewarded. See results/README.md, where it was measured (with
-    sampled answers; here they are greedy)."""
-    names = [f"{config.task} {config.cot}_{how} pass@1" for how in ("greedy", "sample")]
+    Too little noise changes no outcome, so there is nothing to compare; with too much, too few
+    samples are right. See results/README.md, where the two limits were measured."""
+    names = [f"{config.task} {config.cot}_{kind} pass@1" for kind in ("greedy", "sample")]
     if config.cot == "hard" or not all(name in figures for name in names):
         return ""
     without, with_noise = (figures[name] for name in names)
-    text = f"noise {config.sigma_scale:g}: success {with_noise:.3f}, without it {without:.3f}"
-    low, high = WINDOW
-    if with_noise < low:
-        return f"{text}: too much to find what is right; try a lower --sigma-scale"
-    if with_noise > high * without:
-        return f"{text}: perhaps too little to explore; see mixed_groups, or raise --sigma-scale"
-    return ""
+    advice = ""
+    if with_noise > 0.85 * without:
+        advice = ": perhaps too little to explore; see mixed_groups, or raise --sigma-scale"
+    if with_noise < 0.01:
+        advice = ": too much to find what is right; try a lower --sigma-scale"
+    noise = f"noise {config.sigma_scale:g}"
+    return f"{noise}: success {with_noise:.3f}, without it {without:.3f}{advice}"
 
 
 def run(config: Config) -> str:
@@ -2124,7 +2160,11 @@ def run(config: Config) -> str:
     out = Path(config.out_dir)
     check_folder(config, out)
     gather(None)  # all processes have looked before one of them writes
-    policy = load_policy(config, config.model or str(toy_tasks.base_model(Path("runs/toy-base"))))
+    source = config.model
+    if source is None:
+        import toy_tasks
+        source = str(toy_tasks.base_model(Path("runs/toy-base")))
+    policy = load_policy(config, source)
     problems, held_out, tests = load_data(policy, config)
     if not config.eval_only:
         check_disk(policy, out)
@@ -2132,24 +2172,24 @@ def run(config: Config) -> str:
         out.mkdir(parents=True, exist_ok=True)
     if not (out / "config.json").exists() or config.resume:
         write_json(out / "config.json", dataclasses.asdict(config) | {"resume": False})
+    if __name__ == "__main__":  # in a notebook an interrupt is an ordinary one
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note_signal)
     results = out / "eval.json"
-    with noted_signals():
-        if config.eval_only:
-            stage = "trained" if trained_here(config, out) else "base"
-            evaluate_all(policy, config, tests, stage, results)
-            return f"Evaluated {config.model or 'the toy base'}: {results}"
-        before = evaluate_all(policy, config, tests, "base", results)
-        print(noise_advice(config, before))
-        train(policy, config, out, problems, held_out)
-        last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
-        if not tests:
-            return f"Not evaluated {last}"
-        del policy
-        gc.collect()  # of the model that was trained, before the best one is loaded
-        policy = load_policy(config, str(out / "model"))
-        after = evaluate_all(policy, config, tests, "trained", results)
-    if rank() == 0:
-        plot_pass_at_k(out, config.cot, config.eval_tasks[0])
+    if config.eval_only:
+        stage = "trained" if trained_here(config, out) else "base"
+        evaluate_all(policy, config, tests, stage, results)
+        return f"Evaluated {config.model or 'the toy base'}: {results}"
+    before = evaluate_all(policy, config, tests, "base", results)
+    print(noise_advice(config, before))
+    train(policy, config, out, problems, held_out)
+    last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
+    if not tests:
+        return f"Not evaluated {last}"
+    del policy
+    gc.collect()  # of the model that was trained, before the best one is loaded
+    policy = load_policy(config, str(out / "model"))
+    after = evaluate_all(policy, config, tests, "trained", results)
     name = next(iter(before))
     return f"{name} {before[name]:.3f} -> {after[name]:.3f} {last}, figures and tables in {out}"
 

@@ -19,6 +19,7 @@ import threading
 import time
 import types
 import weakref
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that read it
@@ -247,11 +248,17 @@ def test_noise_has_the_stated_size():
 # ------------------------------------------------------------------------------------------------
 
 
+def random_numbers(seeds, T, K):
+    """Those of the first T positions: u [N, T], eps [N, T, K]."""
+    drawn = [softcot.draw(seeds, torch.tensor([t]), K) for t in range(T)]
+    return (torch.stack(x, dim=1) for x in zip(*drawn))
+
+
 def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
     """One sequence without cache, padding or batch, and its log-probabilities, in a plain loop."""
     model, E = policy.model, policy.embeddings().detach()
     sigma = setting.noise * E.square().mean().sqrt().item()
-    u, eps = softcot.draw(seed[None], max_cot, max_answer, E.shape[1] if sigma else 0)
+    u, eps = random_numbers(seed[None], max_cot + max_answer, E.shape[1])
     x = policy.model.get_input_embeddings()(policy.tokenizer(prompt, return_tensors="pt").input_ids)[0].detach()
     tokens, inputs, logps, text = [], [], [], ""
     for t in range(max_cot):
@@ -560,9 +567,9 @@ def test_random_numbers_are_those_of_splitmix64_and_depend_on_the_row_alone():
     seeds = softcot.row_seeds([(7, 0, 3, n, g) for n in range(20) for g in range(10)])
     assert len(set(seeds.tolist())) == 200
     assert seeds[13] == softcot.row_seeds([(7, 0, 3, 1, 3)])[0]
-    u, eps = softcot.draw(seeds, 30, 5, 33)
-    assert u.shape == (200, 35) and eps.shape == (200, 30, 33)
-    few_u, few = softcot.draw(seeds[[9, 2]], 12, 0, 33)
+    u, eps = random_numbers(seeds, 30, 33)
+    assert u.shape == (200, 30) and eps.shape == (200, 30, 33)
+    few_u, few = random_numbers(seeds[[9, 2]], 12, 33)
     assert torch.equal(few, eps[[9, 2], :12]) and torch.equal(few_u, u[[9, 2], :12])
     for x, mean, var, fourth in ((eps, 0, 1, 3), (u, 0.5, 1 / 12, 1 / 80)):
         x = x.double().flatten()
@@ -810,7 +817,9 @@ def test_head_mixture_and_few_rows_are_exact_under_autocast():
     with torch.no_grad(), policy.arithmetic():
         logits = policy.head(hidden)
         mixed = softcot.mixture(logits[:, :9], 0.5, E)
-        assert softcot.few_rows(linear, hidden.float()).dtype == linear(hidden.float()).dtype
+        plain = linear(hidden.float())
+        linear.__class__ = softcot.FewRows
+        assert linear(hidden.float()).dtype == plain.dtype
     oracle = hidden.double() @ policy.model.lm_head.weight.double().T
     torch.testing.assert_close(logits.double(), oracle, rtol=1e-5, atol=1e-5)
     oracle = torch.softmax(logits[:, :9].double() / 0.5, -1) @ E.double()
@@ -1091,13 +1100,13 @@ def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_re
         r = softcot.Rollout(
             setting=Setting("soft", tau, 1.0), sigma=sigma, prompt_ids=none, prompt_mask=~no,
             prefill_ids=none, prefill_mask=no,
-            cot=softcot.Part(
-                torch.cat([torch.full((N, 1, 1), start), inputs], 1),
+            cot=softcot.Phase(
                 torch.zeros(N, 3, dtype=torch.long), torch.zeros(N, 3), torch.zeros(N, 3),
+                torch.ones(N, 3, dtype=torch.bool),
+                x=torch.cat([torch.full((N, 1, 1), start), inputs], 1),
                 eps=torch.cat([torch.zeros(N, 1, 1), noise], 1),
-                mask=torch.ones(N, 3, dtype=torch.bool),
             ),
-            answer=softcot.Part(None, none, torch.zeros(N, 1), torch.zeros(N, 1), mask=no),
+            answer=softcot.Phase(none, torch.zeros(N, 1), torch.zeros(N, 1), no),
             stopped=[True] * N, cots=[""] * N, answers=[""] * N,
         )  # fmt: skip
         model.zero_grad()
@@ -1454,6 +1463,7 @@ def test_a_state_saved_before_the_first_gradient_changes_nothing(tiny_folder, tm
         assert tiny_run(tiny_folder, tmp_path / "whole", "--steps", "40") == 0  # saves each second step
         with pytest.MonkeyPatch.context() as signalled:
             signalled.setattr(softcot, "append_jsonl", append)
+            signalled.setattr(softcot, "SIGNALS", [])
             assert tiny_run(tiny_folder, tmp_path / "cut", "--steps", "40") == 0
         assert len(read_lines(tmp_path / "cut" / "metrics.jsonl")) == 1
         assert tiny_run(tiny_folder, tmp_path / "cut", "--steps", "40", "--resume") == 0
@@ -1481,21 +1491,6 @@ def test_weights_without_a_gradient_are_saved_and_resumed(dtype, tmp_path):
         assert torch.equal(ours, theirs)
         a, b = states[0][1].state[ours], states[1][1].state[theirs]
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_an_evaluation_is_done_again_when_the_program_has_changed(tmp_path, monkeypatch):
-    policy, log = tiny_policy("llama"), tmp_path / "log.jsonl"
-    config = softcot.filled(softcot.Config(eval_max_cot=3, max_answer=2))[0]
-    problems = [Problem(0, "Hi", "1", lambda *_: True)]
-    how = (policy, problems, SETTINGS["hard_greedy"], config, 1, log)
-    for _ in range(2):
-        softcot.evaluate(*how)
-        assert len(read_lines(log)) == 1
-    edited = tmp_path / "softcot.py"
-    edited.write_text(Path(softcot.__file__).read_text() + "# a new thought\n")
-    monkeypatch.setattr(softcot, "__file__", str(edited))
-    softcot.evaluate(*how)
-    assert len(read_lines(log)) == 2
 
 
 def test_a_tokenizer_with_several_chat_templates_is_saved(tiny_folder, tmp_path):
@@ -1674,38 +1669,32 @@ def test_evaluation_alone_runs_what_was_asked_for_and_touches_nothing_else(tiny_
     assert [(r["n"], list(r["k"])) for r in records] == [(1, ["1"]), (1, ["1"]), (3, ["1", "2", "3"])]
     assert {(r["stage"], r["task"], r["problems"]) for r in records} == {("base", "toy", 5)}
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"config.json", "eval.json", "eval_batches.jsonl"}
+    assert names == {"config.json", "eval.json"}
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypatch):
-    fixed = f"--eval-only --model {tiny_folder} --prompts 1 --samples 4 --eval-limit 5".split()
-    fixed += "--eval-k 4 --eval-settings hard_sample soft_sample".split()
+    """A setting that is done is not done again, the base's or the trained one's."""
+    more = "--steps 1 --eval-settings hard_sample soft_sample hard_greedy".split()
+    evaluated, real, breaks = [], softcot.evaluate, {2: "the base's second", 8: "the trained one's"}
 
-    def call(out, *more):
-        return softcot.main([*fixed, "--out-dir", str(out), *more])
-
-    rolled, real = [], softcot.rollout
-
-    def fragile(*arguments):
-        rolled.append(arguments[1])
-        if len(rolled) == 8:  # five batches of hard_sample and two of soft_sample are done
+    def fragile(policy, problems, setting, config, n):
+        evaluated.append(setting)
+        if config.out_dir.endswith("cut") and len(evaluated) in breaks:
+            breaks.pop(len(evaluated))
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(policy, problems, setting, config, n)
 
-    assert call(tmp_path / "whole") == 0
-    monkeypatch.setattr(softcot, "rollout", fragile)
-    with pytest.raises(KeyboardInterrupt):
-        call(tmp_path / "cut")
-    assert call(tmp_path / "cut") == 0
-    assert len(rolled) == 8 + 3
+    monkeypatch.setattr(softcot, "evaluate", fragile)
+    for again in ((), ("--resume",)):
+        with pytest.raises(KeyboardInterrupt):
+            tiny_run(tiny_folder, tmp_path / "cut", *more, *again)
+    assert tiny_run(tiny_folder, tmp_path / "cut", *more, "--resume") == 0
+    cut, evaluated[:] = len(evaluated), []
+    assert tiny_run(tiny_folder, tmp_path / "whole", *more) == 0
+    assert cut == len(evaluated) + 2  # the two that broke off
     whole, cut = (read_json(tmp_path / name / "eval.json") for name in ("whole", "cut"))
-    assert whole == cut and len(cut) == 2
-    log = (tmp_path / "cut" / "eval_batches.jsonl").read_text()
-    command = [sys.executable, str(HERE / "softcot.py"), *fixed, "--out-dir", str(tmp_path / "cut")]
-    assert subprocess.run(command).returncode == 0  # another process finds all of it done
-    assert (tmp_path / "cut" / "eval_batches.jsonl").read_text() == log
-    assert call(tmp_path / "cut", "--seed", "1") == 0  # another evaluation: all is done anew
-    assert len(rolled) == 8 + 3 + 10
+    assert whole == cut and len(cut) == 6
+    assert whole[0]["weights"] != whole[-1]["weights"]
 
 
 def test_evaluation_figures_equal_a_plain_recount(tiny_folder, monkeypatch):
@@ -1799,7 +1788,7 @@ def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model
     wanted = "reward success mixed_groups cot_len stop_rate cot_entropy loss grad_norm lr".split()
     assert all(math.isfinite(row[key]) for row in rows for key in (*wanted, *TIMES))
     assert max(row["logp_gap"] for row in rows) < 0.01
-    for name in ("config.json", "samples.jsonl", "curves.png", "pass_at_k.png", "state.pt"):
+    for name in ("config.json", "samples.jsonl", "curves.png", "state.pt"):
         assert (out / name).stat().st_size > 100
 
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
@@ -1818,12 +1807,14 @@ def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_pape
         folder = tmp_path / name
         folder.mkdir()
         config = {"model": model, "task": "gsm8k", "cot": cot, "seed": seed, "sigma_scale": None}
+        config["eval_tasks"] = ["math500"]
         (folder / "config.json").write_text(json.dumps(config))
         rows = [
             {"stage": stage, "task": "gsm8k", "setting": "hard_greedy", "n": 1, "k": {"1": score}}
             for stage, score in (("base", base), ("trained", trained))
         ]
         many = {"n": 32, "k": {"1": 0.25, "2": 0.5, "32": 0.75}}
+        many["k_error"] = dict.fromkeys(many["k"], 0.1)
         rows += [{"stage": "trained", "task": "math500", "setting": "hard_sample", **many}]
         scores = {"accuracy": 0.5, "nll": nll}
         rows += [{"stage": "base", "task": "arc", "setting": "teacher_forced", **scores}]
@@ -2076,9 +2067,11 @@ def test_the_product_for_few_rows_equals_the_plain_one():
     torch.manual_seed(0)
     for bias, shape in itertools.product((True, False), ((1, 1), (8, 1), (3, 5), (9, 9), (0,))):
         linear, x = nn.Linear(7, 4, bias=bias), torch.randn(*shape, 7)
+        plain = linear(x)
+        linear.__class__ = softcot.FewRows
         with torch.no_grad():
-            torch.testing.assert_close(softcot.few_rows(linear, x), linear(x))
-        softcot.few_rows(linear, x).sum().backward()
+            torch.testing.assert_close(linear(x), plain)
+        linear(x).sum().backward()
         assert linear.weight.grad is not None
 
 
@@ -2093,16 +2086,27 @@ def test_choices_are_evaluated_from_the_command_line(tiny_folder, tmp_path):
     assert record["problems"] == 4 and 0 <= record["accuracy"] <= 1 and record["nll"] > 0
 
 
-def test_a_signal_ends_the_evaluation_of_choices(tiny_folder, tmp_path, capsys, monkeypatch):
-    def log_probs(*arguments, real=softcot.log_probs):
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("task, function", [("toy-walk", "log_probs"), ("toy", "rollout")])
+def test_a_signal_ends_an_evaluation(task, function, tiny_folder, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def noted(*arguments, real=getattr(softcot, function)):
+        calls.append(softcot.note_signal(signal.SIGTERM, None))
         return real(*arguments)
 
-    monkeypatch.setattr(softcot, "log_probs", log_probs)
-    arguments = f"--eval-only --model {tiny_folder} --out-dir {tmp_path} --eval-tasks toy-walk"
-    assert softcot.main(arguments.split()) == 0
+    monkeypatch.setattr(softcot, function, noted)
+    monkeypatch.setattr(softcot, "SIGNALS", [])
+    assert tiny_run(tiny_folder, tmp_path / "out", "--eval-only", "--eval-tasks", task) == 0
     assert "Stopped. To go on: python softcot.py" in capsys.readouterr().out
-    assert not (tmp_path / "eval.json").exists()
+    assert len(calls) == 1  # and its batch, which is all of this setting, is not lost
+    assert (tmp_path / "out" / "eval.json").exists() == (task == "toy")
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    monkeypatch.setattr(softcot, "SIGNALS", [])
+    softcot.note_signal(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        softcot.note_signal(signal.SIGINT, None)
 
 
 def test_the_readme_names_the_line_of_every_equation():
@@ -2125,10 +2129,30 @@ def classroom(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classroom")
     for name in ("softcot.py", "toy_tasks.py"):
         shutil.copy(HERE / name, folder)
-    (folder / "results").mkdir()
-    shutil.copy(HERE / "results" / "show.py", folder / "results")
     (folder / "notebooks").mkdir()
     return folder
+
+
+def test_the_file_alone_in_an_empty_folder_trains_on_a_file_of_ones_own(tiny_folder, tmp_path):
+    shutil.copy(HERE / "softcot.py", tmp_path)
+    rows = [{"question": f"{i}+{i % 5 + 1}=", "answer": str(i)} for i in range(30)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = "--task mine.jsonl --steps 1 --max-cot 6 --max-answer 3 --eval-settings soft_greedy"
+    command = [sys.executable, "softcot.py", *command_of(tiny_folder, "out", *small.split())[2:]]
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
+    done = run(command)
+    assert done.returncode == 0 and "after 1 steps of soft training" in done.stdout, done.stderr
+    assert (tmp_path / "out" / "curves.png").exists()
+    done = run([sys.executable, "softcot.py", "--help"])
+    assert done.returncode == 0 and "--sigma-scale" in done.stdout
+
+
+def test_a_picture_of_pass_at_k_is_drawn_for_each_run(tiny_folder, tmp_path):
+    run = tmp_path / "run"
+    assert tiny_run(tiny_folder, run, "--steps", "1", "--eval-settings", "soft_sample") == 0
+    assert not (run / "pass_at_k.png").exists()
+    subprocess.run([sys.executable, HERE / "results" / "show.py", run], check=True)
+    assert (run / "pass_at_k.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
@@ -2209,49 +2233,25 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tiny_folder, tmp
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_after_its_step_with_the_command_to_go_on(
-    number, tiny_folder, tmp_path, capsys
+    number, tiny_folder, tmp_path
 ):
-    whole, cut, before = tmp_path / "whole", tmp_path / "cut", signal.getsignal(number)
-    assert tiny_run(tiny_folder, whole, "--steps", "50") == 0
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-
-        def rollout(*arguments, real=softcot.rollout):
-            training, log = len(set(arguments[1])) == 2, cut / "metrics.jsonl"
-            if training and log.exists() and len(read_lines(log)) == 6:
-                os.kill(os.getpid(), number)  # in the middle of step 7, which has no checkpoint
-            return real(*arguments)
-
-        patch.setattr(softcot, "rollout", rollout)
-        assert tiny_run(tiny_folder, cut, "--steps", "50") == 0
-    assert signal.getsignal(number) is before  # as the caller had it
-    last = capsys.readouterr().out.splitlines()[-1]
+    whole, cut, more = tmp_path / "whole", tmp_path / "cut", ("--steps", "50", "--samples", "8")
+    subprocess.run(command_of(tiny_folder, whole, *more), check=True, capture_output=True)
+    process = subprocess.Popen(command_of(tiny_folder, cut, *more), stdout=subprocess.PIPE, text=True)
+    log = cut / "metrics.jsonl"
+    while not log.exists() or len(read_lines(log)) < 6:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    last = output.splitlines()[-1]
     assert last.startswith("Stopped. To go on: python softcot.py --model ")
     assert last.endswith(" --resume")
-    assert len(read_lines(cut / "metrics.jsonl")) == 7
-    assert torch.load(cut / "state.pt", weights_only=True)["step"] == 7
-    assert tiny_run(tiny_folder, cut, "--steps", "50", "--resume") == 0
+    assert 6 <= torch.load(cut / "state.pt", weights_only=True)["step"] == len(read_lines(log)) < 50
+    resumed = command_of(tiny_folder, cut, *more, "--resume")
+    subprocess.run(resumed, check=True, capture_output=True)
     assert_same_outcome(whole, cut)
-
-
-def test_a_signal_ends_an_evaluation_after_its_batch(tiny_folder, tmp_path, capsys, monkeypatch):
-    batches = []
-
-    def rollout(*arguments, real=softcot.rollout):
-        batches.append(1)
-        if len(batches) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(softcot, "rollout", rollout)
-    more = ("--eval-only", "--eval-limit", "40", "--eval-settings", "hard_sample")
-    assert tiny_run(tiny_folder, tmp_path / "a", *more) == 0
-    assert "Stopped. To go on: python softcot.py" in capsys.readouterr().out
-    assert len(batches) == 3 and not (tmp_path / "a" / "eval.json").exists()
-    assert tiny_run(tiny_folder, tmp_path / "a", *more) == 0
-    assert len(batches) == 10  # 4 problems, of 2 samples each, at a time: none done twice
-    assert tiny_run(tiny_folder, tmp_path / "b", *more) == 0
-    assert read_json(tmp_path / "a" / "eval.json") == read_json(tmp_path / "b" / "eval.json")
 
 
 def test_a_full_disk_is_one_line_and_the_last_saved_state_stays(tiny_folder, tmp_path):

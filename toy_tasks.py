@@ -55,8 +55,6 @@ WIDTH = 64  # of the model: D, the length of an embedding
 BATCH = {"toy": 144, "toy-large": 72, "toy-round": 48, "toy-walk": 24}  # of each kind of text
 NOISE = 0.1  # largest noise on the embeddings in pretraining, in units of their RMS
 EMBEDDING_RMS = 0.005
-DEFAULTS = dict(steps=100, prompts=32, samples=32, max_cot=9, max_answer=3, lr=5e-5)  # of softcot
-DEFAULTS |= dict(eval_max_cot=9, eval_k=32, eval_limit=128)
 # Chance to stop after a total that is, is not, a multiple of 5
 STOP = {"toy": (0.54, 0.30), "toy-large": (0.54, 0.30), "toy-round": (0.75, 0.10)}
 

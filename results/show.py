@@ -1,6 +1,8 @@
-"""The figures that a run leaves, and a table that puts runs beside the paper's (paper.csv).
+"""A table that puts runs beside the paper's figures (paper.csv), and a picture of pass@k for each.
 
     python results/show.py RUN [RUN ...]    # folders that runs left; prints Markdown
+
+Each folder gets a pass_at_k.png.
 """
 
 import csv
@@ -11,27 +13,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from softcot import COLORS
+
 FILES = ("config.json", "eval.json")  # what a finished run has
 OWN = ("seed", "out_dir", "resume", "threads", "device", "eval_tasks", "eval_settings")  # of each run
-COLORS = {"base": "#7f7f7f", "hard": "#0072b2", "soft": "#d55e00", "fuzzy": "#009e73"}
-
-
-def plot_curves(out: Path, cot: str) -> None:
-    """curves.png from metrics.jsonl: what to look at first when a run does not learn."""
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl", "rb")]
-    steps, width = [row["step"] for row in rows], max(1, len(rows) // 20)
-    panels = {"success": "success rate", "cot_len": "CoT length (tokens)"}
-    panels |= {"cot_entropy": "CoT entropy (nats)", "mixed_groups": "groups with mixed rewards"}
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(2, 2).flat, panels.items()):
-        values = [row[key] for row in rows]
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        axes.plot(steps, values, color=COLORS[cot], alpha=0.25)
-        axes.plot(steps[width - 1 :], smooth, color=COLORS[cot])
-        axes.set(xlabel="step", ylabel=label, ylim=(0, None))
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"{cot} training, sampled as {cot}_sample; thick line: mean of {width} steps")
-    figure.savefig(out / "curves.png", dpi=110)
 
 
 def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
@@ -104,6 +90,9 @@ def main(folders: list[str]) -> int:
     """Print the table; one line and status 2 if a folder holds no run."""
     try:
         table = report(folders)
+        for folder in map(Path, folders):
+            config = json.loads((folder / "config.json").read_bytes())
+            plot_pass_at_k(folder, config["cot"], (config["eval_tasks"] or [config["task"]])[0])
     except OSError as error:
         print(f"show.py: error: {error}: give folders with config.json, eval.json", file=sys.stderr)
         return 2

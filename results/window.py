@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import softcot
 import toy_tasks
-from softcot import SETTINGS
 
 RECORDS = Path(__file__).with_name("window.jsonl")
 WIDTHS, FACTORS, SEEDS = (32, 64, 128, 256, 512), (0.05, 0.1, 0.2, 0.33, 0.5, 0.8, 1.33), (0, 1, 2)
