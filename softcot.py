@@ -1236,7 +1236,7 @@ def evaluate_all(policy: Policy, config: Config, tests: dict[str, list], stage: 
         for name in ["teacher_forced"] if task in CHOICES else config.eval_settings:
             key = {"stage": stage, "task": task, "setting": name}
             before = [row for row in records if key.items() <= row.items()]
-            if config.resume and before and before[0]["weights"] == weights:
+            if config.resume and before and before[0].get("weights") == weights:
                 scores = before[0]
             elif task in CHOICES:
                 scores = evaluate_choices(policy, task, problems)
