@@ -2117,10 +2117,24 @@ def test_the_table_of_claims_follows_from_the_recorded_results(tmp_path):
     for name in ("softcot.py", "toy_tasks.py"):
         shutil.copy(HERE / name, tmp_path)
     shutil.copytree(HERE / "results", tmp_path / "results")
-    folders = sorted(map(str, (tmp_path / "results" / "toy").iterdir()))
-    command = [sys.executable, str(tmp_path / "results" / "claims.py"), *folders]
+    command = [sys.executable, str(tmp_path / "results" / "claims.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == (HERE / "results" / "claims.md").read_text()
+
+
+def test_runs_are_packed_into_a_table(tmp_path):
+    full, bare = tmp_path / "full", tmp_path / "bare"
+    for folder in (full, bare):
+        folder.mkdir()
+        (folder / "eval.json").write_text('[{"n": 1}]')
+    (full / "config.json").write_text('{"seed": 3}')
+    (full / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.5}\n')
+    command = [sys.executable, str(HERE / "results" / "pack.py"), str(full), str(bare)]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    one, two = map(json.loads, table.splitlines())
+    assert (one["run"], one["config"], one["eval"]) == ("full", {"seed": 3}, [{"n": 1}])
+    assert one["metrics"]["step"] == [1, 2] and one["metrics"]["loss"][1] == 0.5
+    assert two == {"run": "bare", "config": None, "eval": [{"n": 1}], "metrics": None}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""The paper's claims on the toy, one verdict each: python results/claims.py results/toy/*
+"""The paper's claims on the toy, one verdict each: python results/claims.py > results/claims.md
 
-Prints Markdown, and draws results/toy.png. Every difference is that of means over seeds, with a 95 % bootstrap
+Reads results/toy.jsonl, what results/toy_grid.sh has recorded. Prints Markdown, and draws results/toy.png. Every difference is that of means over seeds, with a 95 % bootstrap
 interval over the test problems and the seeds, both drawn anew 2,000 times (with so few seeds a little too narrow). A claim fails
 if the interval lies below 0. Else, that A is no worse than B holds if it lies above -5 points, that A is better if it
 lies above 0; what is neither is not shown.
@@ -19,22 +19,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from softcot import COLORS
 
+RECORDS = Path(__file__).with_name("toy.jsonl")
 COTS = ("hard", "fuzzy", "soft")
 SUMS = ("toy", "toy-large", "toy-round")
 SETTINGS = [f"{cot}_{how}" for cot in COTS for how in ("greedy", "sample")]
 
 
-def load(folders: list[str]) -> dict:
+def load(runs: list[dict]) -> dict:
     """(run without its seed, stage, task, setting) -> {seed: record of eval.json}."""
     found = {}
-    for folder in map(Path, folders):
-        name, seed = folder.name.rsplit("-s", 1)
-        for row in json.loads((folder / "eval.json").read_text()):
+    for run in runs:
+        name, seed = run["run"].rsplit("-s", 1)
+        for row in run["eval"]:
             bases = {"soft": "base", "fuzzy": "base, tau 0.1", "words0-logits": "base-words"}
             # Many runs evaluated the same base; but fuzzy settings have the temperature of the run.
-            run = bases.get(name, f"base of {name}") if row["stage"] == "base" else name
-            key = (run, row["task"], row["setting"])
-            found.setdefault(key, {})[int(seed)] = row
+            of = bases.get(name, f"base of {name}") if row["stage"] == "base" else name
+            found.setdefault((of, row["task"], row["setting"]), {})[int(seed)] = row
     return found
 
 
@@ -47,8 +47,13 @@ def pass_at_k(record: dict, k: int) -> np.ndarray:
 class Grid:
     """The records, and the statistics that the claims need."""
 
-    def __init__(self, folders: list[str]):
-        self.found, self.rng = load(folders), np.random.default_rng(0)
+    def __init__(self, runs: list[dict]):
+        self.runs, self.found, self.rng = runs, load(runs), np.random.default_rng(0)
+
+    def metric(self, name: str, key: str) -> np.ndarray:
+        """A column of metrics.jsonl of the runs of a name [seeds, steps]."""
+        named = [run for run in self.runs if run["run"].rsplit("-s", 1)[0] == name]
+        return np.array([run["metrics"][key] for run in named])
 
     def values(self, run: str, task: str, setting: str, k: int = 1) -> np.ndarray:
         """pass@k in % [seeds, problems]."""
@@ -81,13 +86,10 @@ def shown(gap: tuple[float, float, float]) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gap)
 
 
-def training(folders: list[str], name: str) -> str:
+def training(grid: Grid, name: str) -> str:
     """Success in the first and in the last ten steps, in %, the last of each seed; gradient norm in the first."""
-    runs = [Path(folder) for folder in folders if Path(folder).name.rsplit("-s", 1)[0] == name]
-    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
-    rows = [[json.loads(line) for line in run] for run in lines]
-    success = 100 * np.array([[row["success"] for row in run] for run in rows])
-    norm = np.mean([[row["grad_norm"] for row in run[:10]] for run in rows])
+    success = 100 * grid.metric(name, "success")
+    norm = grid.metric(name, "grad_norm")[:, :10].mean()
     last = " ".join(f"{x:.1f}" for x in success[:, -10:].mean(1))
     return f"success in training {success[:, :10].mean():.1f} -> {last}, gradient norm {norm:,.0f} at first"
 
@@ -98,7 +100,7 @@ def scalar(grid: Grid, run: str, task: str, setting: str, key: str) -> np.ndarra
     return np.array([records[seed][key] for seed in sorted(records)])
 
 
-def draw(grid: Grid, folders: list[str], path: Path) -> None:
+def draw(grid: Grid, path: Path) -> None:
     """Success and CoT length in training, means of five steps, and pass@k out of domain."""
     figure = Figure(figsize=(11.5, 3.4), layout="constrained")
     panels = {"success": "success rate, each with its own CoT", "cot_len": "CoT length (tokens)"}
@@ -114,9 +116,7 @@ def draw(grid: Grid, folders: list[str], path: Path) -> None:
 
     for axes, (key, label) in zip(training, panels.items()):
         for cot, shift in zip(COTS, (-2, -12, 8)):
-            runs = [Path(f) for f in folders if Path(f).name.rsplit("-s", 1)[0] == cot]
-            logs = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
-            values = np.array([[json.loads(line)[key] for line in run] for run in logs])
+            values = grid.metric(cot, key)
             smooth = np.array([np.convolve(v, np.ones(5) / 5, mode="valid") for v in values])
             curve(axes, np.arange(5, values.shape[1] + 1), smooth, cot, shift)
         axes.set(xlabel="training step", ylabel=label, xlim=(0, 122))
@@ -131,14 +131,14 @@ def draw(grid: Grid, folders: list[str], path: Path) -> None:
     for axes in (*training, beyond):
         axes.margins(y=0.12)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"The toy in training, and where its lesson is wrong: mean and range of {len(runs)} seeds")
+    figure.suptitle(f"The toy in training, and where its lesson is wrong: mean and range of {len(values)} seeds")
     figure.savefig(path, dpi=100)
 
 
-def main(folders: list[str]) -> None:
+def main() -> None:
     """Print the tables and the verdicts, draw the figure."""
-    grid = Grid(folders)
-    draw(grid, folders, Path(__file__).parent / "toy.png")
+    grid = Grid([json.loads(line) for line in RECORDS.read_text().splitlines()])
+    draw(grid, Path(__file__).parent / "toy.png")
     runs = ["base", *COTS]
     print("Fuzzy settings have temperature 0.1 for the fuzzy-trained, 0.0001 elsewhere.\n")
     for task in SUMS:
@@ -205,8 +205,8 @@ def main(folders: list[str]) -> None:
         if (name, "toy", "hard_greedy") in grid.found:
             a, b = (grid.values(run, "toy", "hard_greedy") for run in (name, base))
             print(f"{claim}: hard greedy {b.mean():.1f} -> {a.mean():.1f}, {shown(grid.gap(a, b))};")
-            print(f"   {training(folders, name)}")
+            print(f"   {training(grid, name)}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run the toy grid, two runs at a time, and keep its outcome in results/toy: hard, fuzzy and soft
+# Run the toy grid, two runs at a time, and keep its outcome in results/toy.jsonl: hard, fuzzy and soft
 # training with seeds 0 to 4 in six settings, soft training with other noise and seeds 0 to 2, and the
 # same with noise in all places on a toy that has more words (results/more_words.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mkdir -p runs/grid results/toy
+mkdir -p runs/grid
 python softcot.py --eval-only --eval-settings hard_greedy --out-dir runs/grid-base  # pretrains once
 python results/more_words.py runs/grid-words
 
@@ -35,8 +35,5 @@ jobs() {
 jobs | xargs -P 2 -L 1 bash -c \
     'python softcot.py --threads 1 --out-dir "runs/grid/$0" "$@" > "runs/grid/$0.log" 2>&1'
 
-for run in runs/grid/*/; do
-    mkdir -p "results/toy/$(basename "$run")"
-    cp "$run"/{config.json,eval.json,metrics.jsonl} "results/toy/$(basename "$run")"
-done
-python results/claims.py results/toy/* > results/claims.md
+python results/pack.py runs/grid/*/ > results/toy.jsonl
+python results/claims.py > results/claims.md
