@@ -1107,7 +1107,8 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
             start = time.perf_counter()
             save_state(out / "state.pt", policy, optimizer, schedule, step + 1, best)
             if rank() == 0:
-                plot_curves(history, config.cot, out / "curves.png")
+                with replacing(out / "curves.png") as part:
+                    plot_curves(history, config.cot, part)
             saved = time.perf_counter()
             saving = saved - start
         if stop:
@@ -1117,7 +1118,8 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         if len(history) == 20 and not any(row["mixed_groups"] for row in history):
             tqdm.write("No group had mixed rewards in 20 steps, so nothing is learnt: see"
                        " samples.jsonl; try more --samples, a longer --max-cot or another --task")
-        shown = {key: round(metrics[key], 2) for key in ("reward", "success", "cot_len")}
+        keys = ("reward", "success", "cot_len", "mean_moved_p99")
+        shown = {key: round(metrics[key], 2) for key in keys if key in metrics}
         bar.set_postfix(shown | ({"best": round(best, 3)} if held_out else {}))
 
 
@@ -1138,7 +1140,7 @@ def plot_curves(rows: list[dict], cot: str, path: Path) -> None:
         axes.set(xlabel="step", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.suptitle(f"{cot} training, sampled as {cot}_sample; thick line: mean of {width} steps")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
 
 
 # ---- 8. Evaluation ------------------------------------------------------------------------------
