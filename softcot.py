@@ -1357,7 +1357,7 @@ def same_number(answer: str, gold: str) -> bool:
 
 
 JUDGE = r"""
-import json, math, re, sys
+import functools, json, math, re, sys
 from math_verify import parse, verify
 
 try:
@@ -1366,22 +1366,28 @@ try:
 except (ImportError, ValueError, OSError):
     pass  # Windows has no such limit, macOS refuses it
 
+@functools.lru_cache
 def read(text):
     return parse("\\boxed{%s}" % text, parsing_timeout=None)
+
+def names(text):
+    return re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text))
 
 def same(answer, gold):
     gold, _, tolerance = gold.partition(" within ")
     a, g = read(answer), read(gold)
-    if not verify(g, a, timeout_seconds=None):
+    sides = re.split(r"[<>≤≥]|\\[lg]eq?(?![a-z])", answer)
+    named = [side.strip() for side in sides if names(side)]
+    solved = len(named) == 1 and len(named[0]) == 1  # 0 < x < 1 may be (0,1), but not x^2 < x
+    if not verify(g, a, allow_set_relation_comp=solved, timeout_seconds=None):
         return bool(tolerance) and abs(float(a[0]) - float(g[0])) <= float(tolerance) * (1 + 1e-9)
     bases = [re.findall(r"(?<=\d)_\{?(\d+)", text) for text in (answer, gold)]
-    if bases[0] != bases[1] and all(bases):
+    if bases[0] and bases[0] != bases[1]:
         return False  # 12_8 is not 12_7
     if ("\\{" in answer) != ("\\{" in gold) and "(" in answer + gold:
         return False  # a set is not a point
     for part in answer.split("=")[:-1] if "=" not in gold else ():
-        names = re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", part))
-        if not names and not verify(g, read(part), timeout_seconds=None):
+        if not names(part) and not verify(g, read(part), timeout_seconds=None):
             return False  # 1 = 2 is not 2
     try:
         return math.isclose(float(a[0]), float(g[0]), rel_tol=1e-3)  # tiny ones count as 0 there
@@ -1400,8 +1406,14 @@ for line in sys.stdin:
 TIDY = (  # what Math-Verify does not read, as (pattern, what it becomes)
     (r"°", r"^\\circ"),
     (r"\\(?:boldsymbol|mathbf|textbf|bm) *\{([^{}]*)\}", r"\1"),
-    (r"\\text *\{[^{}]*: *\}", ""),  # Answer:
-    (r"(?<=\d)\\[,!](?=\d{3}(?!\d))", ""),  # 10\,000
+    (r"\\text *\{[^{}]*(?::|\bis) *\}", ""),  # Answer:
+    (r"^ *[a-z] *\\in\b", ""),
+    (r"^ *(?=[<>≤≥]|\\[lg]eq?(?![a-z]))", "x"),  # > 9 is not 9
+    (r"[\u2013\u2014]", "-"),
+    (r"^\*\*|\*\*$", ""),  # bold, in Markdown
+    (r"√ *(\d+)", r"\\sqrt{\1}"),
+    (r"^([-+]?[\d.]+)[eE](-?\d+)$", r"\1 \\cdot 10^{\2}"),
+    (r"(?<=\d)(?:\\[,!]| )(?=\d{3}(?![\d/]))", ""),  # 10\,000
     (r"^ *(\d+) +(\d+)/(\d+) *$", r"\1\\frac{\2}{\3}"),  # 1 1/4
     (r"(?:\\|[,;.\s])+$", ""),
 )
@@ -1416,6 +1428,8 @@ class Grader:
         """Whether two LaTeX answers are equal; False, and counted, if that takes too long."""
         for pattern, new in TIDY:
             answer, gold = (re.sub(pattern, new, text.strip()) for text in (answer, gold))
+        if ", " in gold:  # several answers
+            answer = re.sub(r",(?=\d)", ", ", answer)
         answer = answer.translate({0xFF10 + digit: str(digit) for digit in range(10)})  # wide ones
         if answer == gold:
             return True
@@ -1486,10 +1500,10 @@ def math_gold(row: dict) -> str:
 
 
 def olympiad_gold(row: dict) -> str:
-    """OlympiadBench's gold answer: `$69$,$84$` -> `69,84`; one has an error: `4.2 within 1e-1`."""
+    """OlympiadBench's gold answer: `$69$,$84$` -> `69, 84`; one has an error: `4.2 within 1e-1`."""
     answers = row["final_answer"] if "final_answer" in row else row["answer"]
     tolerance = f" within {row['error']}" if row.get("error") else ""
-    return ",".join(answers).replace("$", "").strip() + tolerance
+    return re.sub(" *, *", ", ", ",".join(answers).replace("$", "")).strip() + tolerance
 
 
 VALIDATION = 128  # problems held out of a training split to choose the checkpoint

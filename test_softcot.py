@@ -40,7 +40,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import softcot
 import toy_tasks
-from results import bench, gpu, real_model, rounding, snr, window
+from results import answers, bench, gpu, real_model, rounding, snr, window
 from softcot import SETTINGS, Policy, Problem, Setting
 
 HERE = Path(__file__).parent
@@ -1149,54 +1149,23 @@ def test_rewards_are_100_for_right_10_for_boxed_and_0_otherwise(answer, gold, ex
     assert softcot.reward(answer, gold, softcot.same_number) == expected
 
 
-SAME_NUMBERS = [
-    ("-5", "–5"), ("-5", "- 5"), ("-5", "minus 5"), ("20", r"20 \text{ m}^2"),
-    ("1200", r"1\,200"), ("1200", "1 200"), ("1200", "1.2e3"), ("1200", r"1.2 \times 10^3"),
-    ("1200", r"1.2 \times 10^{3}"), ("18", "9+9=18"), ("18", r"\frac{36}{2}"),
-    ("18", "18 (9 + 9)"), ("0.5", "1/2"), ("0.5", r"\frac12"), ("3.5", r"3\frac{1}{2}"),
-    ("3.5", "3 1/2"), ("1200", r"\$1,200.00"), ("18", "18 apples"), ("18", "$18"),
-    ("18", r"\text{Answer: }18"), ("18", "The answer is 18."), ("18", "18."), ("36", r"36^\circ"),
-    ("36", "36°"), ("50", r"50\%"), ("50", "50%"), ("1234567", "1,234,567"), ("1000", "1{,}000"),
-    ("-3", "-$3"), ("-3", "$-3"), ("18", "x = 18"), ("18", r"\textbf{18}"),
-    ("18", "18 miles per hour"), ("18", "(18)"), ("0.75", ".75"), ("18", "18.00"), ("18", "+18"),
-    ("18", " 18 "), ("18", r"18 \text{ dollars}"), ("2.5", "2.5 hours"), ("18", "18 m/s"),
-]  # fmt: skip
-OTHER_NUMBERS = [  # or no number, or nobody knows: then it is not rewarded
-    ("5", "- 5"), ("5", "–5"), ("5", "minus 5"), ("18", "18k"), ("16", r"16\pi"),
-    ("16", r"\sqrt{16}"), ("16", "16!"), ("16", "e^{16}"), ("16", ">16"), ("16", r"\geq 16"),
-    ("16", ">=16"), ("16", r"\$16 million"), ("18", "18 thousand"), ("18", "more than 18"),
-    ("18", "18 x"), ("18", "x18"), ("18", "18 or 19"), ("18", "18, 19"), ("5", "5^2"),
-    ("2", "1/0"), ("18", r"18\times 2"), ("18", "18/"), ("18", ""), ("18", "18.5"), ("3", "3:30"),
-    ("18", "two"), ("16", r"16 \pi"), ("16", "16i"), ("7", "7-8"), ("100", "10^2 apples 3"),
-    ("18", "18 = 19"), ("18", "about 18 k"), ("18", "18 and a half"), ("2", "2 dozens"), ("5", "5 millions"), ("3", "3 trillion"),
-    ("3", "3 pi"), ("10", "10 minus three"), ("5", "5 or six"), ("2", "2 squared"), ("5", "5e"), ("1", "1e400"),
-    ("0.5", "50%"),
-]  # fmt: skip
+def test_the_graders_agree_with_the_labelled_answers_where_they_are_not_known_to_be_wrong(capsys):
+    pairs = [json.loads(line) for line in answers.PAIRS.read_text(encoding="utf-8").splitlines()]
+    assert len({(p["grader"], p["gold"], p["answer"]) for p in pairs}) == len(pairs) >= 420
+    labels = [(p["grader"], p["equal"]) for p in pairs]
+    kinds = itertools.product(answers.GRADERS, (True, False))
+    assert min(labels.count(kind) for kind in kinds) >= 150
+    assert answers.main() == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("gold, answer", SAME_NUMBERS)
-def test_a_number_is_the_same_however_it_is_written(gold, answer):
-    assert softcot.same_number(answer, gold)
-
-
-@pytest.mark.parametrize("gold, answer", OTHER_NUMBERS)
-def test_what_is_not_surely_the_same_number_is_not(gold, answer):
-    assert not softcot.same_number(answer, gold)
-
-
-@pytest.mark.parametrize(
-    "gold, answer, equal",
-    [
-        ("2", "1 = 2", False), ("2", "x = 3 = 2", False), ("2", "1+1 = 2", True), ("2", "x = 2", True),
-        ("2516_8", "2516_7", False), ("2516_8", "2516_8", True), ("(1,2)", r"\{1,2\}", False),
-        ("0.0000001", "0.0000002", False), (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", False),
-        (r"36^\circ", "36°", True), ("42", "42,", True), ("42", "42\\\\", True), ("42", "42\\ ", True),
-        ("42", r"\boldsymbol{42}", True), ("42", r"\text{Answer: }42", True), ("10000", r"10\,000", True),
-        ("5/4", "1 1/4", True), ("5", r"5 \text{ m/s}", True), ("69,84", "84, 69", True),
-    ],
-)  # fmt: skip
-def test_math_verify_is_corrected_where_it_can_be(gold, answer, equal):
-    assert softcot.GRADER.equal(answer, gold) == equal
+def test_an_answer_that_is_not_graded_as_labelled_is_seen(tmp_path, monkeypatch, capsys):
+    pairs = [{"grader": "number", "gold": "1", "answer": "1", "equal": True}]
+    monkeypatch.setattr(answers, "PAIRS", tmp_path / "answers.jsonl")
+    for more, status in [({}, 0), ({"known": "why"}, 1), ({"equal": False}, 1),
+                         ({"equal": False, "known": "why"}, 0)]:  # fmt: skip
+        answers.PAIRS.write_text(json.dumps(pairs[0] | more))
+        assert answers.main() == status
+        assert ("rewarded though wrong: 1" in capsys.readouterr().out) == ("equal" in more)
 
 
 def test_a_box_is_read_to_its_own_closing_brace():
@@ -1207,58 +1176,13 @@ def test_a_box_is_read_to_its_own_closing_brace():
     assert softcot.boxed("a\\\\{b}} x}") == "a\\\\{b}"
 
 
-# gold answer (from MATH, MATH-500, OlympiadBench), answers that equal it, answers that do not
-LATEX = [
-    (r"\left( 3, \frac{\pi}{2} \right)", [r"(3,\pi/2)", r"(3, \frac\pi2)"], [r"(3,\pi)", r"(\pi/2,3)", "3"]),
-    (r"p - q", ["-q+p", "p-q"], ["q-p", "p+q", "p"]),
-    (r"\frac{14}{3}", ["14/3", r"\dfrac{14}{3}", r"\frac{28}{6}", r"4\frac{2}{3}"], ["3/14", "4.6", "14"]),
-    ("9", ["9", "9.0", "$9$", r"\text{9}", "3^2", r"\sqrt{81}"], ["-9", "99", "9.1", ""]),
-    (r"\text{Evelyn}", ["Evelyn", r"\text{Evelyn}", r"\mathrm{Evelyn}"], ["Carla", "E"]),
-    ("42", ["42", "42.", r"42\text{ degrees}", r"42 \%"], ["24", "4 2 1", "43"]),
-    ("27", ["27", "3^3", "27.00"], ["2.7", "28", "72"]),
-    (r"90^\circ", ["90", r"90^{\circ}", r"90 \text{ degrees}"], ["180", r"9^\circ"]),
-    (r"3\sqrt{13}", [r"\sqrt{117}", r"3 \sqrt {13}", r"3\cdot\sqrt{13}"], [r"\sqrt{13}", r"13\sqrt{3}"]),
-    ("4", ["4", "2+2", r"\frac{8}{2}"], ["-4", "40", "2"]),
-    (r"\frac{3}{56}", ["3/56", r"\frac{6}{112}", r"\tfrac{3}{56}"], ["56/3", "0.0535", r"\frac{3}{5}"]),
-    ("284", ["284", "284.0"], ["248", "2.84"]),
-    ("-50", ["-50", r"-50.0", r"-\frac{100}{2}"], ["50", "-5"]),
-    ("1000", ["1,000", "1000", "10^3"], ["100", "1"]),
-    (r"\pi", [r"\pi", r"\frac{2\pi}{2}"], ["3.14", "3", r"2\pi"]),
-    (r"6 - 5i", ["6-5i", "-5i+6"], ["6+5i", "5-6i"]),
-    (r"x^5 - x^4 + x^3", [r"x^3(x^2-x+1)", "x^3-x^4+x^5"], ["x^5-x^4", "x^5+x^4+x^3"]),
-    ("0.5", [".5", r"\frac12", "1/2"], ["5", "0.05", "2"]),
-    ("(-2,1)", ["(-2,1)", r"\left(-2,1\right)"], ["(2,1)", "[-2,1]", "(1,-2)"]),
-    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", [r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"],
-     [r"\begin{pmatrix}1&2\\4&3\end{pmatrix}", "1"]),
-    ("69,84", ["69,84", "84, 69", r"69, 84"], ["69", "84,70", "153"]),
-    ("f(n)=n^{2}", ["n^2", "f(n)=n^2"], ["n^3", "f(n)=2n"]),
-    ("-(n-1) / 2", [r"\frac{1-n}{2}", r"-\frac{n-1}{2}"], [r"\frac{n-1}{2}", "n"]),
-    (r"[\frac{1}{2}, 8]", ["[0.5,8]", r"[1/2, 8]"], ["(0.5,8)", "[1,8]"]),
-    (r"0,-1,-\frac{3}{2}", [r"-\frac32,-1,0", "0, -1, -1.5"], ["0,-1", "0,1,3/2"]),
-    ("(1,2,3),(1,3,2)", ["(1,3,2),(1,2,3)", "(1,2,3), (1,3,2)"], ["(1,2,3)", "(1,2,3),(1,2,3)"]),
-    (r"\frac{1-p^{2}}{3}", [r"\frac{(1-p)(1+p)}{3}", "(1-p^2)/3"], [r"\frac{1+p^2}{3}", "p"]),
-    (r"90^{\circ},60^{\circ}", ["60,90", r"90^\circ, 60^\circ"], ["90", "60,60"]),
-    ("4.2 within 1e-1", ["4.2", "4.25", "4.15", "4.1", "4.3"], ["4.4", "42", "no idea"]),
-    ("11\\sqrt{2}", ["11√2", r"11\sqrt2"], ["11", r"2\sqrt{11}"]),
-    ("2", ["2", "２"], ["10^{10^{10^{10}}}", "9^{9^{9^{9^{9}}}}", r"\frac{2}{", "x" * 10_000, "2" * 10_000]),
-    (r"\sqrt{5}", [r"\sqrt 5", r"5^{1/2}", r"\boxed{\sqrt{5}}"], [r"\sqrt{\sqrt{5", "5", r"\boxed{\boxed{5}}"]),
-]
-# Math-Verify disagrees with the label of these (gold, answer): found by running, kept in sight
-MISJUDGED = {
-    (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \frac\pi2)"),
-    ("11\\sqrt{2}", "11√2"),
-}
-
-
-def test_latex_answers_are_graded_as_a_labelled_table_says_and_none_can_hang():
+def test_no_answer_can_hang_the_grader_and_a_dead_one_is_replaced():
     grader = softcot.Grader()
     grader.limit = 3
-    pairs = [(g, a, True) for g, equal, _ in LATEX for a in equal]
-    pairs += [(g, a, False) for g, _, different in LATEX for a in different]
-    wrong = {(g, a[:40]) for g, a, label in pairs if grader.equal(a, g) != label}
-    print(f"{len(pairs)} pairs, {len(wrong)} against their label, {grader.timeouts} timed out: {wrong}")
-    assert len(pairs) >= 150 and wrong == MISJUDGED
-    grader.process.kill()  # a dead grader is replaced
+    towers = ["10^{10^{10^{10}}}", "9^{9^{9^{9^{9}}}}", "x" * 10_000, "2" * 10_000]
+    assert not any(grader.equal(answer, "2") for answer in towers)
+    assert grader.equal("1+1", "2")
+    grader.process.kill()
     grader.process.wait()
     assert grader.equal("1+1", "2")
     # Ctrl-C goes to the group of the terminal: the step under way still needs its grader
@@ -1270,7 +1194,8 @@ def test_gold_answers_are_found_in_the_rows_of_every_data_set():
     solution = r"First \boxed{1}, so the answer is \boxed{\frac{a}{b}}."
     assert softcot.math_gold({"solution": solution}) == r"\frac{a}{b}"
     assert softcot.math_gold({"solution": "no box"}) == ""
-    assert softcot.olympiad_gold({"final_answer": ["$69$,$84$"], "error": None}) == "69,84"
+    assert softcot.olympiad_gold({"final_answer": ["$69$,$84$"], "error": None}) == "69, 84"
+    assert softcot.olympiad_gold({"answer": ["120,150"]}) == "120, 150"  # two, not 120150
     assert softcot.olympiad_gold({"answer": ["4.2"], "error": "1e-1"}) == "4.2 within 1e-1"
 
 
