@@ -1302,60 +1302,6 @@ PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32}
 PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512, "eval_limit": 128}
 
 
-# What is said around a number, as (pattern, what it becomes), in this order
-SPELLINGS = (
-    (r"[\u2212\u2013\u2014]", "-"),  # minus, and dashes that stand for it
-    (r"\\\$|\$|\\left|\\right|\^\{?\\circ\}?|°", ""),
-    (r"(?<=\d)(?:,\\!|\{,\}|\\[,!]|[, ])(?=\d{3}(?!\d))", ""),  # thousands: 1,200 and 1\,200
-    (r"\\[dt]?frac *(?:\{ *([\d.]+) *\}|(\d)) *(?:\{ *([\d.]+) *\}|(\d))", r" \1\2/\3\4 "),
-    (r"\\(?:text|mathrm|mbox|textbf|mathbf|boldsymbol) *\{([^{}]*\d[^{}]*)\}", r" \1 "),
-    (r"\\(?:text|mathrm|mbox|textbf|mathbf) *\{[^{}]*\}(?:\^\{?\d\}?)?", " "),  # a unit
-    (r"\\%", "%"),
-    (r"\\[,;:! ]|~", " "),
-    (r"(?i)^ *(?:[a-z' ]*(?:\bis|\bare|:))? *(?:minus|negative)\b", "-"),
-    (r"(?i)^ *[a-z' ]*(?:\bis|\bare|:) +", ""),  # the answer is 18
-    (r"^[^<>=]*[^<>=!]=(?!=)", ""),  # 9 + 9 = 18
-    (r"(?<=[\d\w.]) +\([^()]*\) *$", ""),  # 18 (9 + 9)
-    (r"^ *\((.*)\) *$", r"\1"),
-)
-NUMBER = re.compile(
-    r" *(?P<sign>[-+]?) *"
-    r"(?:(?:(?P<whole>\d+) +)?(?P<upper>\d+\.?\d*|\.\d+) */ *(?P<lower>\d+\.?\d*)"
-    r"|(?P<number>\d+\.?\d*|\.\d+)"
-    r"(?:(?: *(?:\\times|\\cdot|×|\*) *10 *\^ *\{? *|[eE])(?P<power>[-+]?\d+) *\}?)?)"
-    r"(?! +[xyznie]\b)(?: *%| +[A-Za-z][A-Za-z'./²³-]*)*[ .,;]*"  # units, but 18 x is no number
-)
-WORDS = "hundred thousand million billion trillion dozen half third quarter pi squared cubed plus"
-WORDS += " minus times or and to one two three four five six seven eight nine ten k"
-FACTORS = re.compile(rf"(?i)(?<!\\)\b(?:{'|'.join(WORDS.split())})s?\b")  # more than a unit
-
-
-def parse_number(text: str) -> Optional[float]:
-    """The number that an answer states, or None: `\\$1,200.00` -> 1200.0, `18 apples` -> 18.0.
-
-    What is not surely one number is none: a wrong answer that is rewarded would be learnt."""
-    for pattern, new in SPELLINGS:
-        text = re.sub(pattern, new, text)
-    found = NUMBER.fullmatch(text)
-    if not found or FACTORS.search(text):
-        return None
-    part = {name: float(value) for name, value in found.groupdict("0").items() if name != "sign"}
-    if found["upper"]:
-        if part["lower"] == 0:
-            return None
-        value = part["whole"] + part["upper"] / part["lower"]
-    else:
-        value = part["number"] * 10.0 ** min(part["power"], 300)
-    value = -value if found["sign"] == "-" else value
-    return value if math.isfinite(value) else None
-
-
-def same_number(answer: str, gold: str) -> bool:
-    """Whether two answers state the same number."""
-    a, b = parse_number(answer), parse_number(gold)
-    return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
-
-
 JUDGE = r"""
 import functools, json, math, re, sys
 from math_verify import parse, verify
@@ -1409,7 +1355,7 @@ TIDY = (  # what Math-Verify does not read, as (pattern, what it becomes)
     (r"\\text *\{[^{}]*(?::|\bis) *\}", ""),  # Answer:
     (r"^ *[a-z] *\\in\b", ""),
     (r"^ *(?=[<>≤≥]|\\[lg]eq?(?![a-z]))", "x"),  # > 9 is not 9
-    (r"[\u2013\u2014]", "-"),
+    (r"[\u2212\u2013\u2014]", "-"),
     (r"^\*\*|\*\*$", ""),  # bold, in Markdown
     (r"√ *(\d+)", r"\\sqrt{\1}"),
     (r"^([-+]?[\d.]+)[eE](-?\d+)$", r"\1 \\cdot 10^{\2}"),
@@ -1462,6 +1408,35 @@ class Grader:
 
 
 GRADER = Grader()
+
+
+AROUND = (  # what is said around a number, as (pattern, what it becomes), in this order
+    (r"(?<=\d) +\([^()]*\)$", ""),  # 18 (9 + 9)
+    (r"^\((.*)\)$", r"\1"),
+    (r"\\?\$|\\?% *$", ""),
+    (r"(?<=\d)(?:,\\!|\{,\}|,)(?=\d{3}(?!\d))", ""),  # thousands
+    (r"^[^<>=]*[^\d\s.<>=][^<>=]*= *", ""),  # 9 + 9 = 18
+    (r"(?i)^[a-z' ]*(?:\bis|\bare|:) +", ""),  # the answer is 18
+    (r"(?i)^(?:-|minus\b|negative\b) *", "-"),
+    (r"(?i)(?<=[\d}.])(?:\\[,;: ]|~| )*(?:\\(?:text|math|mbox)[a-z]* *\{|(?<= ))(?!\D*\b(?:half|pi|"
+     r"dozen|(?:hundred|thousand|[a-z]+illion)(?:th)?|third|quarter|squared|cubed|plus|minus|times|"
+     r"or|and|to|[eiknxyz])s?\b)[ ~]*[a-z][a-z'./²³ -]*\}?(?:\^\{?\d\}?)?$", ""),  # a unit
+)  # fmt: skip
+ASK = r"(?=.*[/^\\])(?![/^]|.*(?:\d +\d|/$))(?:[\d. /^{}]|(?<![\d} -])-"  # for Math-Verify
+ASK += r"|\\[dt]?frac(?= *[\d{])|\\text|\\circ|\\(?:times|cdot)(?= *10 *\^))*"
+
+
+def same_number(answer: str, gold: str) -> bool:
+    """Whether two answers state the same number: `\\$1,200.00` and `1200 apples` do.
+
+    What is not surely one number is none. Math-Verify is asked about fractions and powers only."""
+    for pattern, new in TIDY + AROUND:
+        answer, gold = (re.sub(pattern, new, text.strip()) for text in (answer, gold))
+    try:
+        value = float(answer.replace("_", "?"))  # Python reads 1_8 as 18
+        return math.isclose(value, float(gold), rel_tol=1e-9, abs_tol=1e-9)
+    except ValueError:  # not plain
+        return bool(re.fullmatch(ASK, answer)) and GRADER.equal(answer, gold)
 
 
 def boxed(text: str) -> Optional[str]:

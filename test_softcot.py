@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1156,6 +1157,18 @@ def test_the_graders_agree_with_the_labelled_answers_where_they_are_not_known_to
     kinds = itertools.product(answers.GRADERS, (True, False))
     assert min(labels.count(kind) for kind in kinds) >= 150
     assert answers.main() == 0, capsys.readouterr().out
+
+
+def test_the_toy_is_graded_without_math_verify_whatever_it_writes(monkeypatch):
+    tokenizer, draw = toy_tasks.make_tokenizer(), np.random.default_rng(0)
+    monkeypatch.setattr(softcot, "GRADER", None)
+    for length in draw.integers(1, 7, 3000):
+        text = tokenizer.decode(draw.integers(len(tokenizer), size=length))
+        inside = softcot.boxed(text + "}") or ""
+        number = re.fullmatch(r"(?:.*[^\d\s.<>=].*=)? *\+?0*17 *", inside)  # 17, +17, 3+14=17
+        assert softcot.same_number(inside, "17") == bool(number), inside
+    for garbage in ("2" * 10_000, "x" * 10_000, "2 " * 5_000, "1," * 5_000, " " * 10_000 + "="):
+        assert not softcot.same_number(garbage, "17")
 
 
 def test_an_answer_that_is_not_graded_as_labelled_is_seen(tmp_path, monkeypatch, capsys):
