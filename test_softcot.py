@@ -41,6 +41,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import softcot
 import toy_tasks
+from notebooks import checks
 from results import answers, bench, gpu, real_model, rounding, snr, window
 from softcot import SETTINGS, Policy, Problem, Setting
 
@@ -2081,7 +2082,8 @@ def classroom(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classroom")
     for name in ("softcot.py", "toy_tasks.py"):
         shutil.copy(HERE / name, folder)
-    (folder / "notebooks").mkdir()
+    (folder / "notebooks" / "solutions").mkdir(parents=True)
+    shutil.copy(HERE / "notebooks" / "checks.py", folder / "notebooks")
     return folder
 
 
@@ -2107,15 +2109,206 @@ def test_a_picture_of_pass_at_k_is_drawn_for_each_run(tiny_folder, tmp_path):
     assert (run / "pass_at_k.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def execute(notebook, folder, **how):
+    """Run all cells of a notebook in a folder."""
+    where = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where, **how).execute()
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("[123]_*.ipynb")), ids=lambda p: p.stem)
 def test_a_notebook_runs_and_its_lessons_hold(path, classroom):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert path.stat().st_size < 300_000
     assert all(len(cell.source.splitlines()) <= 30 and cell.execution_count for cell in code)
     assert any("assert " in cell.source for cell in code)
-    where = {"metadata": {"path": str(classroom / "notebooks")}}
-    NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where).execute()
+    execute(notebook, classroom / "notebooks")
+
+
+WRITE = "4_write_it_yourself.ipynb"  # the student's; solutions/ has it filled in
+SOLVED = nbformat.read(HERE / "notebooks" / "solutions" / WRITE, as_version=4)
+BODIES = {  # of each function that a student writes: the solution
+    cell.source.split("(")[0].removeprefix("def "): cell.source
+    for cell in SOLVED.cells
+    if cell.cell_type == "code" and "exercise" in cell.metadata.get("tags", [])
+}
+
+
+def outputs(cell):
+    """What a cell has printed."""
+    return "".join(o.text for o in cell.outputs if o.get("name") == "stdout")
+
+
+def checked(name, **sources):
+    """What the check of an exercise prints, with these sources in place of the solutions."""
+    space = {"torch": torch, "np": np, "math": math}
+    for source in (BODIES | sources).values():
+        exec(source, space)
+    checks.RIGHT.clear()
+    checks.RIGHT.update(BODIES)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        getattr(checks, name.removeprefix("my_"))(space[name])
+    return said.getvalue().strip()
+
+
+@pytest.mark.parametrize("folder, said", [("solutions", "right"), (".", "not written yet")])
+def test_write_it_yourself_runs_solved_and_with_nothing_filled_in(folder, said, classroom):
+    path = HERE / "notebooks" / folder / WRITE
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert path.stat().st_size < 300_000
+    assert all(len(cell.source.splitlines()) <= 30 for cell in code)
+    assert all(bool(cell.execution_count) == (folder == "solutions") for cell in code)
+    stored = [outputs(cell) for cell in code]
+    execute(notebook, classroom / "notebooks" / folder)
+    found = [outputs(cell) for cell in code]
+    at = [i for i, cell in enumerate(code) if cell.source.startswith("checks.")]
+    assert len(at) == len(BODIES) == 6
+    for i, name in zip(at, BODIES, strict=True):
+        assert found[i].startswith(f"{name}: {said}") and found[i].count("\n") == 1
+        assert folder == "." or found[i] == stored[i]
+    (places,) = [text for text in found if "softcot.next_input" in text]
+    assert places.count("takes the place of" if folder == "solutions" else "stays") == 6
+
+
+def test_the_two_versions_of_write_it_yourself_differ_in_the_exercises_alone():
+    cells = [nbformat.read(HERE / "notebooks" / f / WRITE, as_version=4).cells for f in (".", "solutions")]
+    for ours, solved in zip(*cells, strict=True):
+        assert (ours.cell_type, ours.metadata, ours.id) == (solved.cell_type, solved.metadata, solved.id)
+        if "exercise" not in ours.metadata.get("tags", []):
+            assert ours.source == solved.source
+        elif ours.cell_type == "code":
+            head = ours.source.removesuffix("    ...")
+            assert head != ours.source and solved.source.startswith(head)
+
+
+@pytest.mark.parametrize(
+    "name, old, new, words",
+    [
+        ("my_mixture", " / tau", "", "tau is missing"),
+        ("my_mixture", " / tau", " * tau", "multiply by tau"),
+        ("my_mixture", "dim=-1", "dim=0", "runs over the rows"),
+        ("my_mixture", "torch.softmax(logits / tau, dim=-1)", "logits / tau", "softmax is missing"),
+        ("my_mixture", "torch.softmax", "torch.log_softmax", "log_softmax"),
+        ("my_mixture", "return p @ E", "return p", "goes on to h = p E"),
+        ("my_mixture", "return p @ E", "return E[p.argmax(-1)]", "likeliest token's embedding"),
+        ("my_mixture", "torch.softmax(logits / tau, dim=-1)", "torch.exp(logits / tau)", "not divided"),
+        ("my_mixture", "p @ E", "(p @ E).detach()", "no gradient passes"),
+        ("my_mixture", "    p =", "    logits /= tau\n    tau = 1\n    p =", "changes one of its arguments"),
+        ("my_mixture", "torch.softmax(logits / tau, dim=-1)",
+         "(logits / tau).exp() / (logits / tau).exp().sum(-1, keepdim=True)", "exp of a large number"),
+        ("my_mixture", "return p @ E", "p @ E", "returns nothing"),
+        ("my_mixture", "p @ E", "E @ p", "it stops with RuntimeError"),
+        ("my_gaussian_logp", "sigma**2)", "sigma**2) - mean.shape[1] / 2 * math.log(2 * math.pi * sigma**2)",
+         "has the constant in it"),
+        ("my_gaussian_logp", "sigma**2", "sigma", "divide by 2 sigma; "),
+        ("my_gaussian_logp", "(2 * sigma**2)", "sigma**2", "1/2 is missing"),
+        ("my_gaussian_logp", "2 * sigma**2", "(2 * sigma) ** 2", "only sigma is squared"),
+        ("my_gaussian_logp", "sum(-1)", "mean(-1)", "not averaged"),
+        ("my_gaussian_logp", "sum(-1)", "sum()", "over the rows, too"),
+        ("my_gaussian_logp", ".sum(-1)", "", "a number for each coordinate"),
+        ("my_gaussian_logp", "-((", "((", "the sign"),
+        ("my_gaussian_logp", "x.detach()", "x", "x moves along with its mean"),
+        ("my_gaussian_logp", "- mean)", "- mean.detach())", "no gradient passes"),
+        ("my_rloo_advantages", "(rewards.sum(dim=1, keepdim=True) - rewards) / (G - 1)",
+         "rewards.mean(dim=1, keepdim=True)", "leave out the sample's own"),
+        ("my_rloo_advantages", "(rewards.sum(dim=1, keepdim=True) - rewards) / (G - 1)",
+         "rewards.mean()", "over all prompts"),
+        ("my_rloo_advantages", "(G - 1)", "G", "they are G - 1"),
+        ("my_rloo_advantages", " / (G - 1)", "", "should be their mean"),
+        ("my_rloo_advantages", "rewards - others", "others", "subtract it from the reward"),
+        ("my_rloo_advantages", "return rewards - others", "return (rewards - rewards.mean(1, keepdim=True))"
+         " / rewards.std(1, keepdim=True)", "standard deviation"),
+        ("my_pass_at_k", "1 - math.comb(n - c, k) / math.comb(n, k)", "1 - (1 - c / n) ** k", "biased"),
+        ("my_pass_at_k", "1 - math", "math", "take 1 less that"),
+        ("my_pass_at_k", "n - c, k", "c, k", "count those of wrong ones"),
+        ("my_pass_at_k", "1 - math.comb(n - c, k) / math.comb(n, k)", "c / n", "where is k"),
+        ("my_sample_token", " / tau", "", "tau is missing"),
+        ("my_sample_token", "return before.clamp(max=logits.shape[1] - 1)", "return before + 1", "behind the right"),
+        ("my_sample_token", "return before.clamp(max=logits.shape[1] - 1)", "return before - 1", "before the right"),
+        ("my_sample_token", ".cumsum(-1)", "", "where the pieces end, cumsum"),
+        ("my_sample_token", "u[:, None]", "u[0]", "a u of its own"),
+        ("my_sample_token", "tau == 0", "False", "tau = 0: take the likeliest"),
+        ("my_sample_token", ".clamp(max=logits.shape[1] - 1)", "", "past the last token"),
+        ("my_sample_token", "u[:, None]", "torch.rand(len(u), 1)", "something else at each call"),
+        ("my_sample_token", "- 1)", "- 1).float()", "tokens are integers"),
+        ("my_step", "sigma * eps", "eps", "not multiplied by sigma"),
+        ("my_step", "sigma * eps", "sigma**2 * eps", "multiplied by sigma^2"),
+        ("my_step", "        x = x + sigma * eps", "        pass", "the noise is missing"),
+        ("my_step", "sigma * eps", "sigma * torch.randn_like(x)", "something else at each call"),
+        ("my_step", 'cot == "hard"', 'cot != "soft"', "fuzzy is like soft"),
+        ("my_step", "x, logits.argmax(-1)", "x, my_sample_token(logits, tau, u)", "soft takes the likeliest"),
+        ("my_step", "my_sample_token(logits, tau, u)", "logits.argmax(-1)", "draw one, with u"),
+        ("my_step", "x, logits.argmax(-1)", "x", "return x, token"),
+        ("my_step", "eps is not None", "True", "eps = None"),
+    ],
+)  # fmt: skip
+def test_a_check_says_in_words_what_is_wrong(name, old, new, words):
+    assert BODIES[name].count(old) == 1 or old in (" / tau", "tau == 0")
+    said = checked(name, **{name: BODIES[name].replace(old, new)})
+    assert words in said and "\n" not in said, said
+
+
+def test_a_check_accepts_whatever_is_right():
+    assert all(checked(name) == f"{name}: right" for name in BODIES)
+    loops = {
+        "my_mixture": """def my_mixture(logits, tau, E):
+            rows = []
+            for z in logits:
+                p = ((z - z.max()) / tau).exp()
+                rows.append(sum(p[v] / p.sum() * E[v] for v in range(len(E))))
+            return torch.stack(rows)""",
+        "my_gaussian_logp": """def my_gaussian_logp(x, mean, sigma):
+            normal = torch.distributions.Normal(mean, sigma)
+            constant = -math.log(sigma * math.sqrt(2 * math.pi))
+            return (normal.log_prob(x.detach()) - constant).sum(dim=1)""",
+        "my_rloo_advantages": """def my_rloo_advantages(rewards):
+            rewards = rewards.numpy()
+            return [[r - np.delete(row, g).mean() for g, r in enumerate(row)] for row in rewards]""",
+        "my_pass_at_k": """def my_pass_at_k(n, c, k):
+            return 1 - np.prod([max(0, n - c - i) / (n - i) for i in range(k)])""",
+        "my_sample_token": """def my_sample_token(logits, tau, u):
+            if tau == 0:
+                return np.argmax(logits.numpy(), axis=1)
+            p = np.exp((logits - logits.max(1, keepdims=True).values).double().numpy() / tau)
+            ends = np.cumsum(p / p.sum(1, keepdims=True), axis=1)
+            return [int(np.searchsorted(row[:-1], float(v), side="right")) for row, v in zip(ends, u)]""",
+    }
+    for name, source in loops.items():
+        assert checked(name, **{name: source}) == f"{name}: right"
+
+
+def test_a_function_that_is_wrong_slow_or_stops_leaves_the_librarys_in_place(capsys, monkeypatch):
+    def my_mixture(logits, tau, E):
+        raise ValueError("only three tokens, please")
+
+    checks.RIGHT.clear()
+    assert not checks.usable("my_mixture", torch.softmax, "softcot.mixture")
+    checks.RIGHT.add("my_mixture")
+    assert not checks.usable("my_mixture", my_mixture, "softcot.mixture")
+    assert not checks.usable("my_mixture", lambda *_: time.sleep(0.15), "softcot.mixture")
+    assert checks.usable("my_mixture", lambda *_: None, "softcot.mixture")
+    lines = capsys.readouterr().out.splitlines()
+    said = ("is not right yet", "only three tokens, please. So softcot.mixture stays", "is right, but", "takes")
+    assert len(lines) == 4 and all(words in line for words, line in zip(said, lines))
+    checks.RIGHT.clear()
+
+
+def test_write_it_yourself_says_in_one_line_what_is_missing(tmp_path, classroom):
+    said = []
+    for name in ("softcot.py", "results", "toy_tasks.py"):
+        folder = tmp_path / f"without-{name}" / "uploaded"
+        shutil.copytree(classroom, folder, ignore=shutil.ignore_patterns("runs", name))
+        if name == "toy_tasks.py":  # a package that isn't there
+            (folder / name).write_text("import no_such_package")
+        notebook = nbformat.read(HERE / "notebooks" / WRITE, as_version=4)
+        notebook.cells = [next(cell for cell in notebook.cells if cell.cell_type == "code")]
+        execute(notebook, folder.parent, allow_errors=True)
+        said += [o.traceback for o in notebook.cells[0].outputs if o.output_type == "error"]
+    assert all(len(lines) == 1 and "\n" not in lines[0] for lines in said)
+    assert "lacks softcot.py" in said[0][0] and "upload" in said[0][0]
+    assert "lacks results/show.py:" in said[1][0]
+    assert "No module named 'no_such_package': run `%pip install" in said[2][0]
 
 
 # ------------------------------------------------------------------------------------------------
