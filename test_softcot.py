@@ -34,6 +34,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nbclient import NotebookClient
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -42,7 +43,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import softcot
 import toy_tasks
 from notebooks import checks
-from results import answers, bench, gpu, real_model, rounding, snr, window
+from results import answers, bench, gpu, real_model, rounding, snr, walk, window
 from softcot import SETTINGS, Policy, Problem, Setting
 
 HERE = Path(__file__).parent
@@ -3192,3 +3193,25 @@ def test_the_script_on_rounding_finds_what_rounding_does(tiny_folder, capsys, mo
     assert cosines["hard", "bf16, bf16"] == pytest.approx([1, 1], abs=0.02)
     x = torch.tensor([1.0, 1.00390625, 3.14159274, -5e-30, 0.0])
     assert torch.equal(rounding.rounded(x, 8), x.bfloat16().float())
+
+
+def test_the_picture_that_moves_has_a_frame_a_position_and_shows_both_models(tiny_folder, tied_folder, tmp_path):
+    def frames(*folders):
+        out = tmp_path / "walk.gif"
+        walk.main([*map(str, folders), "--max-cot", "3", "--out", str(out)])
+        with Image.open(out) as picture:
+            images = [image.convert("L") for image in ImageSequence.Iterator(picture)]
+        grey = np.array([np.array(image, dtype=float) for image in images])  # [T, height, width]
+        return np.array_split(grey[:, 60:-40], 2, axis=2)  # left, right; no title, key: in both halves
+
+    policy, r = walk.sampled(str(tiny_folder), walk.SUM + "=", 3)
+    (before, after), (same, base) = frames(tiny_folder, tied_folder), frames(tiny_folder, tiny_folder)
+    assert len(before) == r.cot.mask.shape[1] == 3
+    assert abs(before - same).max() < 40  # a GIF rounds colours
+    assert all(abs(x - y).max() > 80 for x, y in zip(after, base))
+
+    totals = [2, 6, 9, 13, 17]
+    E, vocab = policy.embeddings().detach(), policy.tokenizer.get_vocab()
+    tokens = E[[vocab[word] for word in ("2 ", "6 ", "9 ", "13 ", "17 ", "The final answer is:")]]
+    shown = torch.rand(4, 6).softmax(1)  # shares of each token
+    torch.testing.assert_close(shown @ tokens @ walk.plane(policy, totals), shown @ walk.places(totals))
