@@ -624,6 +624,7 @@ class Rollout:
     stopped: list[bool]  # whether the CoT ended with the stop phrase
     cots: list[str]  # text of the CoT (of the shadow)
     answers: list[str]  # text after the opening of the box
+    shadows: tuple = ()  # of the first few rows: see shadow()
 
 
 def rows_of(x, index: Tensor):
@@ -1009,15 +1010,37 @@ def peak_gib(device: torch.device) -> float:
     return peak / 2**20
 
 
+@torch.no_grad()
+def shadow(policy: Policy, r: Rollout, n: int) -> list:
+    """Row n's soft CoT, to be read: the text of each position's likeliest token.
+
+    Where that is less than 0.9 of the mixture: [it, its share, the second likeliest, its share].
+    Mixtures are made again from the stored inputs, as in the loss: no rollout keeps them."""
+    prompt = policy.embeddings()[r.prompt_ids[n][r.prompt_mask[n]]]  # [P, D]
+    x = torch.cat([prompt, r.cot.x[n][r.cot.mask[n]]])[None]  # [1, P+T, D]
+    real = torch.ones_like(x[..., 0], dtype=torch.bool)
+    with policy.arithmetic():
+        hidden = policy.run(x, real, torch.arange(x.shape[1], device=x.device))[0]  # [P+T, H]
+    logits = policy.head(hidden[len(prompt) - 1 : -1])  # [T, V]
+    shares, tokens = torch.softmax(logits / r.setting.tau, dim=-1).topk(2)  # [T, 2] each
+    text = lambda token: policy.piece(token) or str(policy.tokenizer.convert_ids_to_tokens(token))
+    return [text(a) if p >= 0.9 else [text(a), round(p, 2), text(b), round(q, 2)]
+            for (a, b), (p, q) in zip(tokens.tolist(), shares.tolist())]  # fmt: skip
+
+
 def train_step(policy: Policy, problems: list[Problem], step: int, config: Config, optimizer,
-               schedule) -> tuple[dict, Rollout, np.ndarray]:
-    """One step of the algorithm; returns its metrics, rollout [N rows] and rewards [B, G]."""
+               schedule, look: int = 0) -> tuple[dict, Rollout, np.ndarray]:
+    """One step of the algorithm; returns its metrics, rollout [N rows] and rewards [B, G].
+
+    look: of so many rows the rollout gets the shadows, if they are soft or fuzzy."""
     peak_gib(policy.model.device)  # forget what was before
     start = time.perf_counter()
     setting, answer_tau = settings_of(config)[f"{config.cot}_sample"], 1.0
     r, rewards = rewarded(policy, problems, config.samples, (config.seed, 0, step), setting,
                           config.max_cot, config.max_answer, answer_tau)
     rollout_gib, rolled = peak_gib(policy.model.device), time.perf_counter()
+    if r.cot.x is not None and r.cot.z is None:  # before the weights change
+        r.shadows = tuple(called_by(policy, shadow, r, n) for n in range(look))
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
     advice = "out of GPU memory in the backward pass: lower --micro-batch, or add"
@@ -1087,15 +1110,18 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
     saved, saving = time.perf_counter(), 0.0
     for step in bar:
         batch = prompts_of_step(problems, step, config.prompts, config.seed)
-        metrics, r, rewards = train_step(policy, batch, step, config, optimizer, schedule)
         last = step + 1 == config.steps
         now = (step + 1) % every == 0 or last
+        look = min(3, config.prompts * config.samples) if now or step == 0 else 0
+        how = (config, optimizer, schedule, look)
+        metrics, r, rewards = train_step(policy, batch, step, *how)
         append_jsonl(out / "metrics.jsonl", metrics)
         history.append(metrics)
-        for n in range(min(3, len(r.cots)) if now or step == 0 else 0):
+        for n in range(look):
             problem = batch[n // config.samples]
             row = {"step": step + 1, "prompt": problem.prompt, "cot": r.cots[n]}
             row |= {"stopped": r.stopped[n], "answer": r.answers[n], "gold": problem.gold}
+            row |= {"shadow": r.shadows[n]} if r.shadows else {}
             append_jsonl(out / "samples.jsonl", row | {"reward": rewards.flat[n]})
         if now:
             bar.set_postfix_str("validation")

@@ -1788,6 +1788,79 @@ def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_pape
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "config.json" in failed.stderr
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shadow_of_a_soft_cot_says_what_it_is_made_of_where_it_was_undecided(kind):
+    policy = tiny_policy(kind)
+    r = sample(policy, Setting("soft", 0.1, 0.33))
+    embed, decided = policy.model.get_input_embeddings(), set()
+    for n in range(6):
+        words = softcot.shadow(policy, r, n)
+        T = int(r.cot.mask[n].sum())
+        assert len(words) == T
+        ids = policy.tokenizer(PROMPTS[n // 2], return_tensors="pt").input_ids
+        x = torch.cat([embed(ids), r.cot.x[n : n + 1, :T]], 1).detach()
+        logits = policy.model(inputs_embeds=x).logits[0, ids.shape[1] - 1 : -1].detach().double()
+        for t, (word, p) in enumerate(zip(words, torch.softmax(logits / 0.1, -1))):
+            first, second = p.argsort(descending=True)[:2].tolist()
+            assert first == r.cot.ids[n, t]
+            decided.add(isinstance(word, str))
+            found = [word] if isinstance(word, str) else word[::2]
+            expected = policy.tokenizer.convert_ids_to_tokens([first, second])
+            assert found == expected[: len(found)] and isinstance(word, str) == (p[first] >= 0.9)
+            if not isinstance(word, str):
+                assert word[1::2] == pytest.approx(p[[first, second]].tolist(), abs=0.0051)
+    assert decided == {True, False}
+
+
+def test_shadows_are_written_as_they_were_before_the_weights_changed(tiny_folder, tmp_path):
+    tiny_run(tiny_folder, tmp_path / "soft", "--steps", "1", "--seed", "3")
+    config = softcot.Config(**read_json(tmp_path / "soft" / "config.json"))
+    policy = softcot.load_policy(config, str(tiny_folder))
+    batch = softcot.prompts_of_step(softcot.load_data(policy, config)[0], 0, 2, 3)
+    how = (SETTINGS["soft_sample"], config.max_cot, config.max_answer, 1.0)
+    r, _ = softcot.rewarded(policy, batch, 4, (3, 0, 0), *how)
+    rows = read_lines(tmp_path / "soft" / "samples.jsonl")
+    assert [row["shadow"] for row in rows] == [softcot.shadow(policy, r, n) for n in range(3)]
+    assert any(isinstance(word, list) for row in rows for word in row["shadow"])
+    for cot, more in (("hard", []), ("soft", ["--noise-at", "logits"])):  # it has none
+        tiny_run(tiny_folder, tmp_path / f"{cot}2", "--steps", "1", "--cot", cot, *more)
+        rows = read_lines(tmp_path / f"{cot}2" / "samples.jsonl")
+        assert len(rows) == 3 and not any("shadow" in row for row in rows)
+
+
+def test_cots_of_three_steps_are_printed_side_by_side(tiny_folder, tmp_path):
+    def printed(*arguments):
+        command = [sys.executable, str(HERE / "results" / "show.py"), str(tmp_path), *arguments]
+        return subprocess.run(command, capture_output=True, check=True, env=ascii_only).stdout.decode()
+
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    config = {"model": None, "task": "toy", "cot": "soft", "seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "eval.json").write_text("[]")
+    table = printed()
+    assert table.count("\n") == 2  # no CoTs: the table alone
+    row = {"prompt": "1+2=", "cot": "3 é 4 ", "stopped": True, "answer": "4}", "gold": "3", "reward": 10.0}
+    undecided = ["3 ", ["7", 0.55, "\n", 0.4], "is", [" é ", 0.5, "<eos>", 0.05], "that"]
+    lines = [{"step": step, **row} for step in (1, 5, 10, 15, 20) for _ in range(2)]
+    lines[0] |= {"shadow": undecided, "prompt": 300 * "a" + "?"}
+    lines[-1] |= {"shadow": ["much "] * 20, "stopped": False, "answer": "4", "reward": 0.0}
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2'
+    (tmp_path / "samples.jsonl").write_text(text)  # as of a run that is being written
+    found = printed()
+    assert found.startswith(table) and "likeliest" in found
+    shown = [[part.strip() for part in (line[:41], line[41:82], line[82:])] for line in found.splitlines()]
+    start = shown.index(["step 1", "step 10", "step 20"])
+    assert shown[start - 1] == ["", "", ""] and shown[start + 1][1:] == ["1+2=", "1+2="]
+    assert "?" in "".join(part[0] for part in shown[start:start + 9])  # the end of a long question
+    assert "3 [7|'\\n' .55/.40]is [é|<eos> .50/.05] that" in " ".join(part[0] for part in shown)
+    assert "much much (did not stop) \\boxed{4   reward 0" in " ".join(part[2] for part in shown)
+    assert max(map(len, found.splitlines()[start:])) <= 120
+    assert "step 1 " not in printed("--steps", "4", "19") and "step 5  " in printed("--steps", "4", "19")
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps({"step": 1, **row}) + "\n" for _ in "ab"))
+    older = printed()  # the records of hard CoTs and of older versions have no shadows
+    assert "likeliest" not in older and "3 é 4\n\\boxed{4}   reward 10\n" in older
+
+
 def test_the_bench_prints_each_mode_beside_generate_and_changes_no_weight(
     tiny_folder, tmp_path, capsys, monkeypatch
 ):
@@ -2858,6 +2931,9 @@ def test_several_processes_train_soft_tokens_and_run_layers_again(tied_folder, t
         assert (a["exp_avg"] - b["exp_avg"]).norm() < 0.005 * a["exp_avg"].norm()
     a, b = (read_lines(folder / "metrics.jsonl")[0] for folder in (one, two))
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.005) and a["mixed_groups"] > 0
+    shadows = [[row["shadow"] for row in read_lines(f / "samples.jsonl")] for f in (one, two)]
+    firsts = [[[w if isinstance(w, str) else w[0] for w in row] for row in x] for x in shadows]
+    assert len(firsts[0]) == 3 and firsts[0] == firsts[1]
 
 
 def test_several_processes_train_bf16_weights(tied_folder, tmp_path):

@@ -1,13 +1,17 @@
-"""A table that puts runs beside the paper's figures (paper.csv), and a picture of pass@k for each.
+"""A table that puts runs beside the paper's (paper.csv), a picture of pass@k for each, and CoTs.
 
-    python results/show.py RUN [RUN ...]    # folders that runs left; prints Markdown
+    python results/show.py RUN [RUN ...]            # folders that runs left; prints Markdown
+    python results/show.py RUN --steps 1 50 100     # one run: behind the table, CoTs of these steps
 
 Each folder gets a pass_at_k.png.
 """
 
+import argparse
 import csv
+import itertools
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,10 @@ from softcot import COLORS
 
 FILES = ("config.json", "eval.json")  # what a finished run has
 OWN = ("seed", "out_dir", "resume", "threads", "device", "eval_tasks", "eval_settings")  # of each run
+WIDTH = 38  # of a column of CoTs, in characters
+LEGEND = """\
+A soft CoT is shown by the likeliest token of each position. Where that has less than 0.9 of the
+mixture, also by the second one: [7|3 .55/.40] is 0.55 of 7 and 0.40 of 3."""
 
 
 def plot_pass_at_k(out: Path, cot: str, task: str) -> None:
@@ -86,19 +94,74 @@ def report(folders: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(folders: list[str]) -> int:
-    """Print the table; one line and status 2 if a folder holds no run."""
+def position(token) -> str:
+    """One position of a soft CoT as text: see LEGEND, and shadow() in softcot.py."""
+    if isinstance(token, str):
+        return token
+    first, p, second, q = token
+    inner = "|".join(text.strip() or repr(text) for text in (first, second))
+    shares = "/".join(f"{share:.2f}".removeprefix("0") for share in (p, q))
+    before, after = (" " * side.isspace() for side in (first[:1], first[-1:]))
+    return f"{before}[{inner} {shares}]{after}"
+
+
+def cells(rows: list[dict]) -> list[str]:
+    """What is said of a step, from its lines of samples.jsonl: question and gold, then each CoT."""
+    prompt = rows[0]["prompt"].strip()
+    question = prompt if len(prompt) < 200 else "..." + prompt[-197:]  # the end asks the question
+    found = [f"step {rows[0]['step']}\n{question}\ngold: {rows[0]['gold']}"]
+    for row in rows:
+        cot = "".join(map(position, row.get("shadow", [row["cot"]])))  # hard, or an older run
+        end = "" if row["stopped"] else " (did not stop)"
+        answer = f"\\boxed{{{row['answer']}   reward {row['reward']:g}"
+        found.append(f"{cot.rstrip()}{end}\n{answer}")
+    return found
+
+
+def samples(folder: Path, steps: list[int]) -> str:
+    """CoTs of a run's steps side by side; of its first, middle and last recorded step, if none.
+
+    Of steps that were not recorded the nearest ones that were. Nothing, if the run has no CoTs."""
+    if not (folder / "samples.jsonl").exists():
+        return ""
+    lines = (folder / "samples.jsonl").read_bytes().split(b"\n")[:-1]  # behind it: half a line
+    rows, recorded = [json.loads(line) for line in lines], {}
+    for row in rows:
+        recorded.setdefault(row["step"], {}).setdefault(row["prompt"], []).append(row)
+    known = list(recorded)
+    if not known:
+        return ""
+    steps = steps or [known[0], known[len(known) // 2], known[-1]]
+    nearest = [min(known, key=lambda there: abs(there - step)) for step in steps]
+    columns = [cells(next(iter(recorded[step].values()))) for step in dict.fromkeys(nearest)]
+    text = f"\n{LEGEND}\n" if any("shadow" in row for row in rows) else ""
+    for row in itertools.zip_longest(*columns, fillvalue=""):
+        wrap = lambda cell: [x for line in cell.splitlines() for x in textwrap.wrap(line, WIDTH)]
+        for parts in itertools.zip_longest(*map(wrap, row), fillvalue=""):
+            text += "\n" + "   ".join(part.ljust(WIDTH) for part in parts).rstrip()
+        text += "\n"
+    return text
+
+
+def main(arguments=None) -> int:
+    """Print the table, of one run also CoTs; one line and status 2 if a folder holds no run."""
+    how = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a folder that a run left")
+    parser.add_argument("--steps", type=int, nargs="+", default=[], help="whose CoTs to print")
+    given = parser.parse_args(arguments)
     try:
-        table = report(folders)
-        for folder in map(Path, folders):
+        text = report(given.runs)
+        for folder in map(Path, given.runs):
             config = json.loads((folder / "config.json").read_bytes())
             plot_pass_at_k(folder, config["cot"], (config["eval_tasks"] or [config["task"]])[0])
     except OSError as error:
         print(f"show.py: error: {error}: give folders with config.json, eval.json", file=sys.stderr)
         return 2
-    sys.stdout.buffer.write(table.encode())  # whatever the terminal's encoding: it has a ± in it
+    text += samples(Path(given.runs[0]), given.steps) if len(given.runs) == 1 else ""
+    sys.stdout.buffer.write(text.encode())  # whatever the terminal's encoding: it has a ± in it
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]) if sys.argv[1:] else __doc__)
+    sys.exit(main())
