@@ -6,21 +6,27 @@ the model, at each step, the average of all token embeddings weighted by their p
 Gaussian noise. The noise makes the CoT a random variable with a known density, so REINFORCE
 applies; after training, the model is used with ordinary hard tokens.
 
-    p_{t-1} = softmax(logits_{t-1} / tau)                                    (eq 3) mixture
+    p_{t-1} = softmax(logits_{t-1} / tau),   h_t = p_{t-1} E             (eqs 3, 5) mixture
     hard token   x_t ~ p_{t-1},  feed E[x_t]                                 (eq 4) next_input
-    soft token   feed  ht_t = h_t + sigma * N(0, I),   h_t = p_{t-1} E    (eqs 5-6) next_input
+    soft token   feed  ht_t = h_t + sigma * N(0, I)                          (eq 6) next_input
     log pi(ht_t | past) = -||ht_t - h_t||^2 / (2 sigma^2) + const            (eqs 9-10) soft_logp
     A_bg = r_bg - mean of the other G-1 rewards of prompt b                 (eq 12) rloo_advantages
-    loss = -1/(BG) sum_bg A_bg (sum_t log pi(ht_t) + sum_a log pi(a))   (eqs 13-15) policy_gradient
+    loss = -1/(BG) sum_bg A_bg (sum_t log pi(ht_t) + sum_a log pi(a)) (eqs 8, 13-15) policy_gradient
 
-Dimensions, used in every shape comment:
+Dimensions of the shape comments:
     B prompts of a step, G samples of each prompt, N = B*G sequences (row n = b*G + g)
-    P prompt, T CoT, F prefill, A answer: lengths in tokens;  V vocabulary, D embedding width,
-    H width of the last hidden state, K of what the noise is added to (D but for --noise-at)
-A sequence is laid out as  [prompt P | gap][CoT T | gap][prefill F | gap][answer A | gap].
-Masks are True on real tokens; positions count them, so gaps leave no trace, and every column has
-something to attend to: the prompt's first token, at the least.
+    P prompt, T CoT, F prefill, A answer: lengths in tokens; L = P+T+F+A columns, C those just fed
+    V vocabulary, D embedding width, H width of the last hidden state, K width of what gets the
+    noise (D unless --noise-at), M some of the rows or positions, k some of the logits
+E [V, D] are the token embeddings, tau is a temperature, sigma the noise's standard deviation.
 logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
+A sequence is laid out as  [prompt P | gap][CoT T | gap][prefill F | gap][answer A | gap].
+Gaps are the columns that a shorter row leaves empty. Masks are True on real tokens; positions
+count them, so gaps leave no trace, and every column has something to attend to: the prompt's
+first token, at the least.
+A CoT ends when its likeliest tokens spell the stop phrase "The final answer is: ", at an end
+token, or after T tokens; then `\\boxed{` is put behind it (with the phrase, if it is missing), and
+the answer ends where that box closes. Reward: 100 if it is right, 10 if wrong, 0 if still open.
 Where the paper is silent or ambiguous, and where this differs from it: see the README.
 """
 
@@ -59,7 +65,7 @@ class Setting:
 
     cot: str  # hard: one token's embedding; soft, fuzzy: a mixture of embeddings
     tau: float  # temperature of p = softmax(logits / tau); 0 means arg-max
-    noise: float  # sigma in units of the root-mean-square of what it is added to; 0 means none
+    noise: float  # sigma / root-mean-square of E (in ablations, of what it is added to); 0: none
     noise_at: str = "embedding"  # what it is added to: see before_noise()
 
     @property
@@ -80,7 +86,7 @@ SETTINGS = {  # training samples with "<cot>_sample" and validates with "<cot>_g
 
 # ---- 2. Soft tokens: mixture, noise, densities --------------------------------------------------
 # The method itself: how the next input of a chain of thought is made from the logits, and the
-# density that it is drawn from. All are functions of tensors; none knows of models or files.
+# density that it is drawn from. All are functions of tensors; next_input() needs the model's head.
 
 def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
     """h = p E with p = softmax(logits / tau): the mean embedding under p   (eqs 3, 5).
@@ -111,10 +117,10 @@ def gaussian_logp(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
 def soft_logp(eps: Tensor, mean: Tensor, sigma: float) -> Tensor:
     """log pi of a soft token that was drawn as its mean + sigma * eps   (eqs 9, 10).
 
-    The sample is put where the noise eps takes it from the mean *as it is computed here*: then the
-    gradient is eps / sigma times that of the mean, which on policy is exact. Measured from the x
-    that was fed, it would count as noise what rounding moved the mean by since the rollout, and
-    that can be many sigma (two embeddings are 100 apart): most of the gradient, and no signal.
+    The sample is put at the mean computed *here* plus sigma * eps, so the gradient is eps / sigma
+    times that of the mean, which on policy is exact. The x that was fed lies around the rollout's
+    mean; rounding moves means by many sigma (embeddings are about 100 sigma apart), and that would
+    drown eps. So the value is always -||eps||^2 / 2: only the gradient informs.
     eps, mean [..., D], with gradient of the mean -> [...] in nats."""
     return gaussian_logp(mean + sigma * eps, mean, sigma)
 
@@ -162,7 +168,7 @@ class Step:
     """One position of N rows: the input that next_input() makes, and what is known of it."""
 
     x: Tensor  # [N, D] the input
-    ids: Tensor  # [N] hard: the tokens; soft, fuzzy: the greedy shadow, arg-max p
+    ids: Tensor  # [N] hard: the tokens; soft, fuzzy: their shadow, the likeliest one, as text
     logp: Tensor  # [N] nats, as the sampler saw it; 0 if deterministic: there is no density
     entropy: Tensor  # [N] nats, of the next-token distribution before noise
     eps: Optional[Tensor] = None  # [N, K] the noise that was drawn, in units of sigma
@@ -170,21 +176,23 @@ class Step:
     top: Optional[Tensor] = None  # [N, k] which logits z is made of, for topk-logits
 
 
-def next_input(policy: Policy, hidden, setting: Setting, E, sigma, eps, u) -> Step:
+def next_input(policy: Policy, hidden: Tensor, setting: Setting, E: Tensor, sigma: Tensor,
+               eps: Optional[Tensor], u: Tensor) -> Step:
     """The next CoT input, made from the last hidden state.
 
     hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6).
-    hidden [N, H], E [V, D], eps [N, K] normal (None: no noise), u [N] in (0, 1). It looks at no
-    value, so that a GPU can replay it: sigma is a tensor []."""
+    hidden [N, H], E [V, D], sigma [], eps [N, K] normal (None: no noise), u [N] in (0, 1). The
+    host reads no value (hence sigma is a tensor), so a GPU can record and replay it."""
     logits = policy.head(hidden)  # [N, V]
     nats = entropy(logits)  # [N]
     if setting.cot == "hard":
         token = sample_token(logits, setting.tau, u)
-        logp = categorical_logp(token, logits, setting.tau) if setting.tau else 0 * nats
+        zeros = torch.zeros_like(nats)
+        logp = categorical_logp(token, logits, setting.tau) if setting.tau else zeros
         return Step(E[token], token, logp, nats)
     mean, top = before_noise(hidden, logits, setting, E)  # [N, K]
     z = mean if eps is None else mean + (sigma * eps).to(mean.dtype)
-    logp = 0 * nats if eps is None else soft_logp(eps, mean, sigma)
+    logp = torch.zeros_like(nats) if eps is None else soft_logp(eps, mean, sigma)
     if setting.noise_at == "embedding":
         return Step(z, logits.argmax(-1), logp, nats, eps)
     if setting.noise_at == "hidden":
@@ -205,14 +213,17 @@ def random_words(seeds: Tensor, index: Tensor) -> Tensor:
 
 
 def unsigned_shift(z: Tensor, bits: int) -> Tensor:
-    """z >> bits of an int64 whose highest bit is no sign."""
+    """z >> bits of an int64, with zeros shifted in."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+TRAINING, EVALUATION, ROUNDING = 0, 1, 2  # purposes of random numbers
 
 
 def row_seeds(labels: list[tuple[int, ...]]) -> Tensor:
     """A seed for each row, int64 [N], that depends on every one of its labels, and on no other row.
 
-    The labels: run seed, purpose, step, problem, sample."""
+    The labels: run seed, purpose, step (in training), problem, sample."""
     seeds = torch.zeros(len(labels), dtype=torch.int64)
     for column in torch.tensor(labels).T:
         seeds = random_words(seeds ^ column, torch.tensor(0))
@@ -268,14 +279,15 @@ class Policy:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of last hidden states [..., H]; some models (Gemma 2) bound them."""
         output = self.model.get_output_embeddings()
-        fp32 = {name: w.float() for name, w in output.named_parameters()}  # bf16: 20, then 20.125
+        # fp32: in bf16 logits near 20 are 0.125 apart
+        fp32 = {name: w.float() for name, w in output.named_parameters()}
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.logit_scale * torch.func.functional_call(output, fp32, hidden.float())
         bound = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return bound * torch.tanh(logits / bound) if bound else logits
 
     def attention(self, real: Tensor, columns: Tensor) -> tuple:
-        """What columns [C] of the L of real [N, L] attend to, themselves and what is before them.
+        """Mask and positions of columns [C]: each attends to the real [N, L] ones up to itself.
 
         Returns the mask [N, 1, C, L], where layers differ one for each kind of layer, and positions
         [N, C], which count real tokens."""
@@ -295,10 +307,10 @@ class Policy:
         return masks if len(masks) > 1 else masks.popitem()[1], positions
 
     def run(self, x: Tensor, real: Tensor, columns: Tensor, cache=None, weights=None) -> Tensor:
-        """Last hidden states [N, C, H] of columns [C] of the L of real [N, L], fed x [N, C, D].
+        """Feed x [N, C, D] as columns [C] of the real [N, L]; their last hidden states [N, C, H].
 
-        cache: keys and values of other columns, to which those of these are added. weights: in
-        place of the model's own of that name."""
+        cache has the keys and values of earlier columns, and gets those of these. weights, by name,
+        take the place of the model's own."""
         mask, positions = self.attention(real, columns)
         inputs = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions)
         inputs |= dict(past_key_values=cache, use_cache=cache is not None)
@@ -308,19 +320,19 @@ class Policy:
         return model(**inputs).last_hidden_state
 
     @cached_property
-    def ends(self) -> set[int]:
+    def end_ids(self) -> set[int]:
         """The tokens that end a text: some models have several."""
         ids = self.model.generation_config.eos_token_id
         return {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
 
     def tokenize(self, texts: list[str], begins=True) -> tuple[Tensor, Tensor]:
-        """Padded ids and mask, each [rows, longest], of texts that begin or that go on with others.
+        """Right-padded ids and mask, [rows, longest] each, of texts that begin a sequence or go on.
 
-        Before a text that begins there may be a token for that."""
+        Before one that begins a tokenizer may put a token of its own."""
         rows = self.tokenizer(texts, add_special_tokens=begins).input_ids
         # some tokenizers end each text: then the model would not go on with it
-        rows = [row[:-1] if len(row) > 1 and row[-1] in self.ends else row for row in rows]
-        if not begins:  # some put a space before each text (Llama 2): here, before a line's end
+        rows = [row[:-1] if len(row) > 1 and row[-1] in self.end_ids else row for row in rows]
+        if not begins:  # Llama 2 puts a space before each text: behind a line's end it does not
             plain = partial(self.tokenizer, add_special_tokens=False)
             both, line = plain(["\n" + x for x in texts]).input_ids, plain("\n").input_ids
             tails = [ids[len(line) :] if ids[: len(line)] == line else None for ids in both]
@@ -353,8 +365,9 @@ class FewRows(nn.Linear):
 
 
 # ---- 4. Engine: rows that grow column by column, at fixed addresses -----------------------------
-# Keys and values are kept, so that each step runs one new column. step() is the whole of decoding;
-# the rest makes it fast, and can be skipped: rows that ended are set apart, a GPU replays the step.
+# Keys and values are kept, so that each step runs one new column. Decoding is begin(), step() and
+# feed(); the rest makes it fast and can be skipped: rows that ended are set apart, a GPU replays
+# the step.
 
 LOOK = {"cpu": 1, "cuda": 16, "mps": 16}  # positions between two looks at the text
 BLOCK = {"cpu": 32, "cuda": 128, "mps": 128}  # columns in use are a multiple of it
@@ -417,10 +430,10 @@ class Replay:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(self.side)
         if self.call == self.step:
-            self.step()  # again, from the start: it had not counted its column yet
+            self.step()  # again, from its start: it broke off before it counted itself
 
     def record(self) -> None:
-        """Record the step, which does nothing, and replay it."""
+        """Record the step (nothing is computed by that), and replay it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
             self.step()
@@ -432,14 +445,15 @@ class Engine:
     """Runs the model over the columns of up to N rows as they come, keeping keys and values.
 
     The rows of a batch are in places 0 .. batch-1, and rows that have ended may be put behind them.
-    No buffer ever moves, and step() looks at no value, so a GPU can replay it."""
+    No buffer ever moves, and in step() the host reads no value, so a GPU can replay it."""
 
     def __init__(self, policy: Policy, rows: int, columns: int, steps: int):
         """Room for rows N and columns L, and for phases of up to T steps."""
         zeros = partial(torch.zeros, device=policy.model.device)
         self.policy, self.room = policy, (rows, columns, steps)
         self.N, self.L, self.T = self.room
-        self.batch, self.width, self.filled = rows, columns, 0  # rows, columns in use; columns full
+        self.batch, self.width = rows, columns  # rows and columns in use
+        self.filled = 0  # columns filled or reserved, as the host counts them
         self.real = zeros(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
         self.row_at = zeros(rows, dtype=torch.int64)  # [N] the row in each place
         self.column = zeros(1, dtype=torch.int64)  # the next one
@@ -485,7 +499,7 @@ class Engine:
         return made[name]
 
     def reserve(self, count: int) -> None:
-        """So many columns will be fed next: all that attention reads must be in use."""
+        """Announce so many columns more: the width grows, so that attention reads them."""
         self.filled += count
         block = BLOCK[self.real.device.type]
         self.width = min(self.L, -(-self.filled // block) * block)
@@ -500,7 +514,7 @@ class Engine:
         return hidden
 
     def arrange(self, order: Tensor) -> None:
-        """Put into each place what another one holds: order [places], also with repeats."""
+        """Put into place i what place order[i] holds: order [places], also with repeats."""
         for buffer in (self.real, *self.keys_and_values()):
             buffer[: len(order)] = buffer[order]
 
@@ -602,7 +616,7 @@ class Phase:
     logp: Tensor  # [N, T]
     entropy: Tensor  # [N, T]
     mask: Tensor  # [N, T] True on real tokens
-    # what a loss needs; None where there is none, or where the ids say it all
+    # for the loss of a soft CoT, else None; behind a row's end anything
     x: Optional[Tensor] = None  # [N, T, D] the inputs
     eps: Optional[Tensor] = None  # [N, T, K] the noise that was drawn, in units of sigma
     z: Optional[Tensor] = None  # [N, T, K]
@@ -634,7 +648,7 @@ def rows_of(x, index: Tensor):
     if isinstance(x, (Phase, Rollout)):
         fields = {k: rows_of(v, index) for k, v in vars(x).items()}
         if isinstance(x, Phase):
-            end = 1 + max(fields["mask"].any(dim=0).nonzero().flatten().tolist(), default=-1)
+            end = int(fields["mask"].sum(1).max()) if len(index) else 0
             fields = {k: v if v is None else v[:, :end] for k, v in fields.items()}
         return type(x)(**fields)
     if isinstance(x, list):
@@ -643,7 +657,7 @@ def rows_of(x, index: Tensor):
 
 
 def last(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Of hidden [N, C, H] those of each row's last real column, of columns without gaps: [N, H]."""
+    """Of right-padded hidden [N, C, H] that of each row's last real column: [N, H]."""
     return hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
 
 
@@ -674,8 +688,9 @@ def rollout_here(policy: Policy, prompts: list[str], seeds: Tensor, setting: Set
     ids, mask = policy.tokenize(different)  # [B, P]
     prompt_of = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
     N, P = len(prompts), ids.shape[1]
-    F = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # the longest prefill
-    engine = engine_with(policy, N, P + max_cot + F + max_answer, max(max_cot, max_answer))
+    max_prefill = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # F at most
+    columns = P + max_cot + max_prefill + max_answer
+    engine = engine_with(policy, N, columns, max(max_cot, max_answer))
     with policy.arithmetic():
         engine.batch = len(different)
         engine.reserve(P)
@@ -698,7 +713,7 @@ def rollout_here(policy: Policy, prompts: list[str], seeds: Tensor, setting: Set
         engine.reserve(prefill_ids.shape[1])
         here = engine.row_at[:N]  # rows that ended early have other places now
         fed = engine.feed(engine.E[prefill_ids[here]], prefill_mask[here])
-        hidden = last(fed, prefill_mask[here])[here.argsort()]  # [N, H]
+        hidden = last(fed, prefill_mask[here])[here.argsort()]  # [N, H], in the order of rows again
         hard = Setting("hard", answer_tau, 0.0)
         engine.begin(hard, max_answer, hidden, position=max_cot)
         answer, _ = generate(engine, N, max_answer, lambda text: boxed(text) is not None)
@@ -712,10 +727,10 @@ def progress(what: str, items, unit: str) -> tqdm:
     return tqdm(items, desc=what, unit=unit, leave=False, delay=5, disable=rank() > 0)
 
 
-def generate(engine: Engine, N: int, T: int, ends: Callable[[str], bool]) -> tuple:
-    """The phase that the engine began: up to T steps of N rows, each until ends(its text).
+def generate(engine: Engine, N: int, T: int, is_done: Callable[[str], bool]) -> tuple:
+    """The phase that the engine began: up to T steps of N rows, each until is_done(its text).
 
-    Returns the Phase and which rows ended so. The text is looked at now and then; what a row went
+    Returns the Phase and which rows were done. The text is looked at now and then; what a row went
     on with behind its end is masked out."""
     policy, device = engine.policy, engine.real.device
     texts, finished, length, going, t = [""] * N, [False] * N, [T] * N, list(range(N)), 0
@@ -729,8 +744,8 @@ def generate(engine: Engine, N: int, T: int, ends: Callable[[str], bool]) -> tup
         for n in going:
             for i, token in enumerate(tokens[n], start=t + 1):
                 texts[n] += policy.piece(token)
-                finished[n] = ends(texts[n])
-                if finished[n] or token in policy.ends:
+                finished[n] = is_done(texts[n])
+                if finished[n] or token in policy.end_ids:
                     length[n] = i
                     break
         t += count
@@ -754,33 +769,34 @@ CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
 def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     """log pi of each CoT position [N, T] and answer token [N, A] of a rollout, with gradient.
 
-    One pass over the stored inputs; means are recomputed from them (eqs 9, 10). Positions outside
-    the masks are 0; prompt, prefill and gaps have no entry. Each different prompt runs once, its
-    samples attend to a copy of its keys and values. The third tensor, [N, T] without gradient, is
-    how far each mean is from the rollout's, in sigma: rounding (0 for hard tokens)."""
+    One pass over the stored inputs, which are constants: no gradient goes through what the CoT fed.
+    Means are computed again (eqs 9, 10). Positions outside the masks are 0; prompt, prefill and
+    gaps have no entry. Each different prompt runs once, its samples attend to a copy of its keys
+    and values. The third tensor, [N, T] without gradient, is the distance between each mean and the
+    rollout's, in sigma: rounding (0 for hard tokens)."""
     embed = policy.model.get_input_embeddings()
     real = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
     prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
     prompts, prompt_of = prompts.unique(dim=0, return_inverse=True)  # [B, P] different ones, [N]
     P, T, F, A = (x.shape[1] for x in (prompts, r.cot.ids, r.prefill_ids, r.answer.ids))
     ids = torch.cat([r.cot.ids, r.prefill_ids, r.answer.ids], dim=1)  # [N, T+F+A]
-    both = embed(torch.cat([prompts.clamp(min=0).flatten(), ids.flatten()]))  # one gradient of E
-    prompt = both[: prompts.numel()].unflatten(0, prompts.shape)  # [B, P, D]
-    rest = both[prompts.numel() :].unflatten(0, ids.shape)  # [N, T+F+A, D]
+    flat = embed(torch.cat([prompts.clamp(min=0).flatten(), ids.flatten()]))  # one gradient of E
+    prompt_x = flat[: prompts.numel()].unflatten(0, prompts.shape)  # [B, P, D]
+    rest = flat[prompts.numel() :].unflatten(0, ids.shape)  # [N, T+F+A, D]
     if r.cot.x is not None:
         rest = torch.cat([r.cot.x, rest[:, T:]], dim=1)
     columns = torch.arange(P + T + F + A, device=ids.device)
     with policy.arithmetic():
         if policy.recomputes:  # layers that run twice can't fill a cache
-            both = torch.cat([prompt[prompt_of], rest], dim=1)  # [N, L, D]
-            hidden = policy.run(both, real, columns)  # [N, L, H]
+            x = torch.cat([prompt_x[prompt_of], rest], dim=1)  # [N, L, D]
+            hidden = policy.run(x, real, columns)  # [N, L, H]
         else:
             cache = transformers.DynamicCache()
-            first = policy.run(prompt, prompts >= 0, columns[:P], cache)  # [B, P, H]
+            first = policy.run(prompt_x, prompts >= 0, columns[:P], cache)  # [B, P, H]
             cache.batch_select_indices(prompt_of)
             hidden = policy.run(rest, real, columns[P:], cache)
             hidden = torch.cat([first[prompt_of], hidden], dim=1)  # [N, L, H]
-        # a column is predicted by the last real one before it: no gap is
+        # a position is predicted from the last real column before it, never from a gap
         before = torch.where(real, columns, 0).cummax(dim=1).values.roll(1, dims=1)  # [N, L]
         cot = phase_logp(policy, r.cot, r.setting, r.sigma, hidden, before[:, P : P + T])
         hard = SETTINGS["hard_sample"]
@@ -792,10 +808,9 @@ def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hid
                before: Tensor) -> tuple[Tensor, Tensor]:
     """log pi of a phase's positions, with gradient, and how far their means moved: [N, T] each.
 
-    hidden [N, L, H]; before [N, T]: the column that predicts each position. What is made on the way
-    (logits: V numbers a position, the largest tensors of all) exists for a few positions at a time,
-    and is made again in the backward pass, where "reentrant" adds the gradient of each few to that
-    of the weights at once instead of summing them beside it."""
+    hidden [N, L, H]; before [N, T]: the column that predicts each position. Logits (V a position)
+    are the largest tensors of all, so they are made for a few positions at a time, and once more
+    in the backward pass. Reentrant: each few add their gradient to that of the weights at once."""
     row, place = phase.mask.nonzero(as_tuple=True)  # [M] the real positions
     # recomputation needs an input with gradient, even if all of it is constant
     found = hidden[row, before[row, place]].requires_grad_(torch.is_grad_enabled())  # [M, H]
@@ -815,10 +830,12 @@ def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hid
 
 
 def positions_logp(policy: Policy, setting: Setting, sigma: float, hidden: Tensor, ids: Tensor,
-                   eps: Tensor, noisy: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+                   eps: Optional[Tensor], noisy: Optional[Tensor],
+                   top: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     """log pi of M positions and how far their means moved, in sigma: [M] each.
 
-    hidden [M, H], ids [M], eps and noisy [M, K] or None, top [M, k] or None: see Step."""
+    The move is the distance between this pass's mean and the rollout's. hidden [M, H], ids [M],
+    eps and noisy [M, K] or None, top [M, k] or None: see Step."""
     logits = policy.head(hidden)
     if setting.cot == "hard":
         return categorical_logp(ids, logits, setting.tau), torch.zeros(len(ids), device=ids.device)
@@ -830,15 +847,15 @@ def positions_logp(policy: Policy, setting: Setting, sigma: float, hidden: Tenso
 def rloo_advantages(rewards: Tensor) -> Tensor:
     """A_bg = r_bg - mean of the other G-1 rewards of prompt b   (eq 12): [B, G] -> [B, G]."""
     G = rewards.shape[1]
-    return (rewards - rewards.mean(dim=1, keepdim=True)) * G / (G - 1)
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * G / (G - 1)  # = r - (sum - r) / (G - 1)
 
 
 def micro_batches(r: Rollout, advantages: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
     """Row numbers [M] and their advantages [M] in parts of at most so many tokens a process.
 
     Rows with A_n = 0 add nothing to the gradient and are left out. Of several processes each has
-    its share of every part, or row 0 with A = 0 where there are too few; as FSDP2 takes the mean of
-    their gradients, advantages are multiplied by their number."""
+    its share of every part, or that part's first row with A = 0 where there are too few; as FSDP2
+    takes the mean of their gradients, advantages are multiplied by their number."""
     first, every = rank(), processes()
     longest = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
     parts = advantages.nonzero().flatten().split(max(1, tokens // longest) * every)
@@ -851,8 +868,9 @@ def affordable_tokens(policy: Policy) -> int:
     """How many tokens one backward pass may have: as many as the memory has room for.
 
     Each matrix keeps its input and its output until then: 1 MB a token for a model of 0.5B in bf16.
-    On a CPU 4 GiB are taken for it. On a GPU 0.6 of what is left when gradients, cast weights and
-    the head with its gradient in fp32 have theirs."""
+    On a CPU 4 GiB are taken for it. On a GPU 0.6 (the rest is for what is not counted) of what is
+    left when gradients, cast weights and four fp32 copies of the head and its gradient have
+    theirs."""
     device, free = policy.model.device, 2**32
     weights = list(policy.model.parameters())
     if device.type == "cuda":
@@ -873,12 +891,13 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
     the whole rollout, so micro_batch (tokens at a time) changes no gradient but for rounding. Also
-    returned, of each position: how far a hard token's log-probability is from the rollout's, in
-    nats, and how far a soft token's mean moved, in sigma, [M] each, M as many as there are."""
+    returned, of the real positions of rows with A != 0, one after another: the distance of each
+    hard token's log-probability from the rollout's, in nats, and of each soft mean, in sigma."""
     loss, gaps, moves = 0.0, [], []
     parts = micro_batches(r, advantages, micro_batch or affordable_tokens(policy))
     for index, advantage in progress("gradient", parts, "part"):
         part = rows_of(r, index)
+        # with one process called_by(policy, f, x) is f(policy, x), and gather(x) is [x]
         cot, answer, moved = called_by(policy, log_probs, part)  # [M, T], [M, A], [M, T]
         part_loss = -(advantage * (cot.sum(1) + answer.sum(1))).sum() / len(advantages)
         part_loss.backward()
@@ -892,18 +911,6 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     own = (loss, torch.cat(gaps or none).abs().cpu(), torch.cat(moves or none).cpu())
     losses, gaps, moves = zip(*gather(own))
     return float(np.mean(losses)), torch.cat(gaps), torch.cat(moves)
-
-
-def disagreement(gaps: Tensor, moves: Tensor) -> dict:
-    """What metrics.jsonl says of how well rollout and loss agree; NaN if one of them is, or none.
-
-    logp_gap: largest distance of a hard token's log-probability, in nats (of the answers in every
-    mode). mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
-    stats = {"logp_gap": gaps.max().item() if len(gaps) else 0.0}
-    if len(moves):
-        quantiles = np.quantile(moves.numpy(), [0.5, 0.99, 1.0]).tolist()
-        stats |= dict(zip(("mean_moved", "mean_moved_p99", "mean_moved_max"), quantiles))
-    return stats
 
 
 # ---- 7. Training: the optimiser, a step, the loop -----------------------------------------------
@@ -1010,6 +1017,29 @@ def peak_gib(device: torch.device) -> float:
     return peak / 2**20
 
 
+def disagreement(gaps: Tensor, moves: Tensor) -> dict:
+    """What metrics.jsonl says of how well rollout and loss agree; NaN if one of them is, or none.
+
+    logp_gap: largest distance of a hard token's log-probability, in nats (of the answers in every
+    mode). mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
+    stats = {"logp_gap": gaps.max().item() if len(gaps) else 0.0}
+    if len(moves):
+        quantiles = np.quantile(moves.numpy(), [0.5, 0.99, 1.0]).tolist()
+        stats |= dict(zip(("mean_moved", "mean_moved_p99", "mean_moved_max"), quantiles))
+    return stats
+
+
+def sampled(r: Rollout, rewards: np.ndarray) -> dict:
+    """What metrics.jsonl says of a rollout and its rewards [B, G]."""
+    return {
+        "reward": rewards.mean().item(), "success": (rewards == 100).mean().item(),
+        "mixed_groups": (rewards != rewards[:, :1]).any(axis=1).mean().item(),
+        "cot_len": r.cot.mask.sum(1).float().mean().item(),
+        "stop_rate": float(np.mean(r.stopped)),
+        "cot_entropy": (r.cot.entropy.sum() / r.cot.mask.sum()).item(),
+    }  # fmt: skip
+
+
 @torch.no_grad()
 def shadow(policy: Policy, r: Rollout, n: int) -> list:
     """Row n's soft CoT, to be read: the text of each position's likeliest token.
@@ -1036,7 +1066,7 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     peak_gib(policy.model.device)  # forget what was before
     start = time.perf_counter()
     setting, answer_tau = settings_of(config)[f"{config.cot}_sample"], 1.0
-    r, rewards = rewarded(policy, problems, config.samples, (config.seed, 0, step), setting,
+    r, rewards = rewarded(policy, problems, config.samples, (config.seed, TRAINING, step), setting,
                           config.max_cot, config.max_answer, answer_tau)
     rollout_gib, rolled = peak_gib(policy.model.device), time.perf_counter()
     if r.cot.x is not None and r.cot.z is None:  # before the weights change
@@ -1054,24 +1084,18 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
         ids = [problem.id for problem in problems]
         tqdm.write(f"step {step + 1} skipped: loss {loss}, gradient {norm}; prompts {ids}")
     else:
-        torch.manual_seed(row_seeds([(config.seed, 2, step)]).item())  # of AdamW16's chances
+        torch.manual_seed(row_seeds([(config.seed, ROUNDING, step)]).item())  # of AdamW16's
         optimizer.step()
     schedule.step()
     optimizer.zero_grad()
     train_gib, trained = peak_gib(policy.model.device), time.perf_counter()
-    tokens = r.cot.mask.sum().item() + r.answer.mask.sum().item()
     metrics = {
-        "step": step + 1, "reward": rewards.mean().item(),
-        "success": (rewards == 100).mean().item(),
-        "mixed_groups": (rewards != rewards[:, :1]).any(axis=1).mean().item(),
-        "cot_len": r.cot.mask.sum(1).float().mean().item(),
-        "stop_rate": float(np.mean(r.stopped)), "grader_timeouts": GRADER.timeouts,
-        "cot_entropy": (r.cot.entropy.sum() / r.cot.mask.sum()).item(),
-        "loss": loss, **disagreement(gaps, moves), "grad_norm": norm, "lr": lr, "skipped": skipped,
+        "step": step + 1, **sampled(r, rewards), "loss": loss, **disagreement(gaps, moves),
+        "grad_norm": norm, "lr": lr, "skipped": skipped, "grader_timeouts": GRADER.timeouts,
         "rollout_s": rolled - start, "train_s": trained - rolled,
-        "tokens_per_s": tokens / (rolled - start),
+        "tokens_per_s": (r.cot.mask.sum() + r.answer.mask.sum()).item() / (rolled - start),
         "rollout_gib": rollout_gib, "train_gib": train_gib,
-    }
+    }  # fmt: skip
     return metrics, r, rewards
 
 
@@ -1199,8 +1223,9 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
         if stopping():
             raise Stopped
         answer_tau = 0.0  # greedy
-        r, rewards = rewarded(policy, batch, n, (config.seed, 1), setting, config.eval_max_cot,
-                              config.max_answer, answer_tau, keep=False)
+        r, rewards = rewarded(
+            policy, batch, n, (config.seed, EVALUATION), setting, config.eval_max_cot,
+            config.max_answer, answer_tau, keep=False)
         counts += (rewards == 100).sum(axis=1).tolist()
         stopped += sum(r.stopped)
         T = r.cot.ids.shape[1]
@@ -1582,6 +1607,8 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     Validation problems (and test problems, where the task has no test split) are held out of the
     training split, always the same. Repeated questions and rows without an answer are skipped."""
     task = task_named(name)
+    if not name.startswith("toy"):
+        task.equal("1/2", "2")  # a grader that can't start says so now, not in the middle of a run
     source = "test" if split == "test" and task.test else "train"
     rows, problems, seen, answerless = read_rows(config, name, source), [], set(), 0
     for i, row in enumerate(rows):

@@ -284,7 +284,7 @@ def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
         logps.append(logp)
         x = torch.cat([x, new[None]])
         text += policy.tokenizer.decode([token.item()], skip_special_tokens=True)
-        if token.item() in policy.ends or "The final answer is:" in text:
+        if token.item() in policy.end_ids or "The final answer is:" in text:
             break
     opening = " \\boxed{" if "The final answer is:" in text else "The final answer is: \\boxed{"
     prefill = policy.tokenizer(opening, return_tensors="pt", add_special_tokens=False).input_ids
@@ -297,7 +297,7 @@ def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
         answer_logps.append(logp[token].item())
         x = torch.cat([x, E[token][None]])
         closed = softcot.boxed(policy.tokenizer.decode(answer)) is not None
-        if token.item() in policy.ends or closed:
+        if token.item() in policy.end_ids or closed:
             break
     return tokens, torch.stack(inputs), logps, answer, answer_logps
 
@@ -307,7 +307,7 @@ def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
 @pytest.mark.parametrize("ends", [{1}, set(range(0, 98, 9))], ids=["few-end", "many-end-early"])
 def test_a_cached_batched_padded_rollout_equals_a_plain_one(kind, name, ends):
     policy, setting = tiny_policy(kind), SETTINGS[name]
-    policy.ends = ends  # tokens after which a CoT ends: with many, rows leave the batch on the way
+    policy.end_ids = ends  # tokens after which a CoT ends: with many, rows leave the batch on the way
     seeds = seeds_for(6)
     r = sample(policy, setting, seeds=seeds)
     for n in range(6):
@@ -502,7 +502,7 @@ def test_no_row_of_an_attention_mask_is_empty(monkeypatch):
 
     transformers.AttentionInterface.register("recording", recording)
     policy = tiny_policy("llama")
-    policy.ends = set(range(0, 98, 9))  # early stops
+    policy.end_ids = set(range(0, 98, 9))  # early stops
     policy.model.set_attn_implementation("recording")
     monkeypatch.setattr(softcot, "STOP", " e")  # some CoTs are done, so that prefills differ
     seeds = seeds_for(30)
@@ -591,7 +591,7 @@ def test_one_engine_serves_many_rollouts(name, monkeypatch):
     monkeypatch.setitem(softcot.LOOK, "cpu", 5)
     monkeypatch.setitem(softcot.BLOCK, "cpu", 4)
     policy, setting = tiny_policy("qwen2"), SETTINGS[name]
-    policy.ends = set(range(0, 98, 9))  # rows end early and leave
+    policy.end_ids = set(range(0, 98, 9))  # rows end early and leave
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1e-3)
     batches = (PROMPTS, PROMPTS[1:2], ["a much longer prompt than those that came before it, " * 2])
     for step, prompts in enumerate(batches):
@@ -870,7 +870,7 @@ def test_a_policy_that_nobody_holds_is_freed():
 def test_no_buffer_of_the_engine_moves_and_none_grows_while_rows_leave():
     """A recorded CUDA graph knows buffers by their address: they must be there in the next rollout."""
     policy = tiny_policy("llama")
-    policy.ends = set(range(0, 98, 9))  # many rows end early
+    policy.end_ids = set(range(0, 98, 9))  # many rows end early
 
     def addresses():
         engine = policy.engine
@@ -2370,7 +2370,7 @@ def test_a_function_that_is_wrong_slow_or_stops_leaves_the_librarys_in_place(cap
 
 def test_write_it_yourself_says_in_one_line_what_is_missing(tmp_path, classroom):
     said = []
-    for name in ("softcot.py", "results", "toy_tasks.py"):
+    for name in ("softcot.py", "checks.py", "toy_tasks.py"):
         folder = tmp_path / f"without-{name}" / "uploaded"
         shutil.copytree(classroom, folder, ignore=shutil.ignore_patterns("runs", name))
         if name == "toy_tasks.py":  # a package that isn't there
@@ -2381,7 +2381,7 @@ def test_write_it_yourself_says_in_one_line_what_is_missing(tmp_path, classroom)
         said += [o.traceback for o in notebook.cells[0].outputs if o.output_type == "error"]
     assert all(len(lines) == 1 and "\n" not in lines[0] for lines in said)
     assert "lacks softcot.py" in said[0][0] and "upload" in said[0][0]
-    assert "lacks results/show.py:" in said[1][0]
+    assert "lacks notebooks/checks.py:" in said[1][0]
     assert "No module named 'no_such_package': run `%pip install" in said[2][0]
 
 

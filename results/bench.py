@@ -38,11 +38,11 @@ def replaced(name: str, function):
 @contextmanager
 def nothing_ends(policy: Policy):
     """Within, no text is done and no token ends one."""
-    real, ends = softcot.generate, policy.ends
-    policy.ends = set()
+    real, ends = softcot.generate, policy.end_ids
+    policy.end_ids = set()
     with replaced("generate", lambda engine, N, T, done: real(engine, N, T, lambda text: False)):
         yield
-    policy.ends = ends
+    policy.end_ids = ends
 
 
 def bench_modes(policy: Policy, config: Config, problems: list[softcot.Problem]) -> None:
