@@ -1389,8 +1389,8 @@ TIMES = ("rollout_s", "train_s", "tokens_per_s", "rollout_gib", "train_gib")
 def test_a_state_saved_before_the_first_gradient_changes_nothing(tiny_folder, tmp_path):
     """torch makes missing moments by a step of the optimiser, which Adam would count."""
 
-    def flat(policy, problems, G, labels, *how, real=softcot.rewarded):
-        r, rewards = real(policy, problems, G, labels, *how)
+    def flat(policy, problems, G, labels, *how, real=softcot.rewarded, **keep):
+        r, rewards = real(policy, problems, G, labels, *how, **keep)
         return r, rewards * (labels[1:] != (0, 0))  # no mixed group in the first step
 
     def append(path, row, real=softcot.append_jsonl):
@@ -1834,7 +1834,7 @@ def test_cots_of_three_steps_are_printed_side_by_side(tiny_folder, tmp_path):
         return subprocess.run(command, capture_output=True, check=True, env=ascii_only).stdout.decode()
 
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    config = {"model": None, "task": "toy", "cot": "soft", "seed": 0}
+    config = {"model": None, "task": "toy", "cot": "soft", "seed": 0, "eval_tasks": ["toy"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "eval.json").write_text("[]")
     table = printed()
