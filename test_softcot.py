@@ -3,6 +3,7 @@
     python -m pytest                 # about 8 minutes on a CPU, no network
 """
 
+import ast
 import contextlib
 import dataclasses
 import gc
@@ -2189,6 +2190,7 @@ def execute(notebook, folder, **how):
     NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where, **how).execute()
 
 
+@pytest.mark.xdist_group("classroom")
 @pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("[123]_*.ipynb")), ids=lambda p: p.stem)
 def test_a_notebook_runs_and_its_lessons_hold(path, classroom):
     notebook = nbformat.read(path, as_version=4)
@@ -2225,6 +2227,7 @@ def checked(name, **sources):
     return said.getvalue().strip()
 
 
+@pytest.mark.xdist_group("classroom")
 @pytest.mark.parametrize("folder, said", [("solutions", "right"), (".", "not written yet")])
 def test_write_it_yourself_runs_solved_and_with_nothing_filled_in(folder, said, classroom):
     path = HERE / "notebooks" / folder / WRITE
@@ -2368,6 +2371,7 @@ def test_a_function_that_is_wrong_slow_or_stops_leaves_the_librarys_in_place(cap
     checks.RIGHT.clear()
 
 
+@pytest.mark.xdist_group("classroom")
 def test_write_it_yourself_says_in_one_line_what_is_missing(tmp_path, classroom):
     said = []
     for name in ("softcot.py", "checks.py", "toy_tasks.py"):
@@ -2383,6 +2387,136 @@ def test_write_it_yourself_says_in_one_line_what_is_missing(tmp_path, classroom)
     assert "lacks softcot.py" in said[0][0] and "upload" in said[0][0]
     assert "lacks notebooks/checks.py:" in said[1][0]
     assert "No module named 'no_such_package': run `%pip install" in said[2][0]
+
+
+EXERCISES = (HERE / "notebooks" / "exercises.md").read_text()
+EXERCISES = dict(re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |\Z)", EXERCISES, re.M | re.S))  # text by number
+SOLVING = HERE / "notebooks" / "solutions"
+DIFFS = {path.stem: path for path in SOLVING.glob("*.diff")}  # by name, which begins with the number
+
+
+def with_changes(folder, *names):
+    """The source of softcot.py with these diffs."""
+    shutil.copy(HERE / "softcot.py", folder)
+    for name in names:
+        apart = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # of no repository
+        subprocess.run(["git", "apply", DIFFS[name]], cwd=folder, env=apart, check=True)
+    return (folder / "softcot.py").read_text()
+
+
+@pytest.fixture
+def changed(tmp_path, monkeypatch):
+    """A function: softcot.py with some diffs, as a module."""
+
+    def load(*names):
+        module = types.ModuleType("changed")
+        monkeypatch.setitem(sys.modules, "changed", module)
+        exec(compile(with_changes(tmp_path, *names), "softcot.py", "exec"), vars(module))
+        return module
+
+    return load
+
+
+def functions(source):
+    """What each function of a file says, by name."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return {(node.name, i): ast.dump(node) for i, node in enumerate(nodes)}
+
+
+def test_each_exercise_is_solved_and_its_diffs_change_what_it_says(tmp_path):
+    text = (SOLVING / "exercises.md").read_text()
+    answers = re.findall(r"^## (\d+)\. (.*)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    titles = {number: re.match(r"\*(.+?)[.?]?\*", task)[1] for number, task in EXERCISES.items()}
+    assert {number: title.rstrip(".?") for number, title, _ in answers} == titles
+    assert list(titles) == [str(n + 1) for n in range(len(titles))] and len(titles) == 12
+    before = functions(with_changes(tmp_path))
+    for number, _, answer in answers:
+        names = [name for name in DIFFS if name.split("_")[0] == number]
+        assert set(re.findall(r"\((\w+)\.diff\)", answer)) == set(names)
+        asked, found = set(re.findall(r"[Ii]n `([\w.]+)\(\)`", EXERCISES[number])), set()
+        for name in names:
+            after = functions(with_changes(tmp_path, name))
+            here = {key for key in before if before[key] != after[key]}
+            assert len(here) == 1, name
+            found |= {function for function, _ in here}
+        assert {function.split(".")[-1] for function in asked} == found, number
+        assert "    python " in answer
+
+
+def test_the_solutions_about_reward_and_advantage_do_what_they_say(changed):
+    rewards = torch.tensor([[0.0, 10, 100, 10], [100, 100, 0, 0]])
+    assert torch.equal(changed("1_baseline").rloo_advantages(rewards), rewards)
+    for name, wrong in (("9_reward", 0), ("9_reward_90", 90)):
+        values = [changed(name).reward(text, "7", str.__eq__) for text in ("7}", "8}", "8")]
+        assert values == [100, wrong, 0]
+
+
+def test_the_solution_about_the_gradient_keeps_it_from_the_embeddings(changed):
+    logits, E = torch.randn(3, 7, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    h = changed("2_whose_gradient").mixture(logits, 0.5, E)
+    assert torch.equal(h, softcot.mixture(logits, 0.5, E))
+    h.square().sum().backward()
+    assert E.grad is None and logits.grad.norm() > 0
+
+
+def test_the_solution_about_mirrored_noise_mirrors_it_in_pairs_of_one_prompt(changed):
+    module, policy = changed("6_mirrored_noise"), tiny_policy("llama")
+    prompts, seeds = [text for text in PROMPTS for _ in range(4)], seeds_for(12)
+    setting = module.Setting("soft", 5.0, 0.33)  # random texts: some end early, and rows move
+    policy.tokenizer.eos_token_id = None
+    policy.model.generation_config.eos_token_id = list(range(10, 40))
+    r = module.rollout(policy, prompts, seeds, setting, 12, 5, 1.0)
+    plain = softcot.rollout(policy, prompts, seeds, SETTINGS["soft_sample"], 1, 1, 1.0)
+    lengths = r.cot.mask.sum(1)
+    assert len(set(lengths.tolist())) > 3
+    assert torch.equal(r.cot.eps[::2, 0], plain.cot.eps[::2, 0])
+    for n in range(0, 12, 2):
+        both = r.cot.mask[n] & r.cot.mask[n + 1]
+        assert both.any() and torch.equal(r.cot.eps[n, both], -r.cot.eps[n + 1, both])
+    assert (r.cot.eps[0, 0] + r.cot.eps[3, 0]).abs().min() > 0  # another pair
+
+
+def test_the_solutions_about_precision_round_the_rollout_and_recompute_the_score(changed):
+    policy = tiny_policy("llama")
+    hidden, E = 3 * torch.randn(5, 32), policy.embeddings().detach()
+    eps, sigma, soft = torch.randn(5, 32), torch.tensor(0.1), SETTINGS["soft_sample"]
+    how = (policy, hidden, soft, E, sigma)
+    mean = softcot.next_input(*how, None, None).x.detach()
+    x = changed("7_precision").next_input(*how, eps, None).x.detach()
+    assert torch.equal(x, mean.bfloat16().float() + sigma * eps) and not torch.equal(x, mean + sigma * eps)
+    logits = policy.head(hidden).bfloat16().float()
+    found = changed("7_precision_logits").next_input(*how, None, None).x
+    assert torch.equal(found, softcot.mixture(logits, soft.tau, E)) and not torch.equal(found, mean)
+    module, noisy = changed("7_precision", "7_precision_recomputed"), x  # they go together
+    logp, moved = module.positions_logp(policy, soft, 0.1, hidden, None, eps, noisy, None)
+    assert torch.allclose(logp, softcot.gaussian_logp(x, mean, 0.1), rtol=1e-4)
+    assert torch.allclose(moved, (mean.bfloat16().float() - mean).norm(dim=-1) / 0.1, rtol=1e-2)
+    changed("7_precision_logits", "7_precision_recomputed")
+
+
+def test_the_solution_about_length_weighs_a_row_by_its_tokens(changed):
+    module, policy, advantages = changed("8_length"), tiny_policy("llama"), torch.tensor([1.0, -2, 3])
+    r = module.rollout(policy, PROMPTS, seeds_for(3), SETTINGS["soft_sample"], 12, 5, 1.0)
+    cot, answer, _ = softcot.log_probs(policy, r)
+    tokens = r.cot.mask.sum(1) + r.answer.mask.sum(1)
+    loss, _, _ = module.policy_gradient(policy, r, advantages)
+    wanted = -(advantages * (cot.sum(1) + answer.sum(1)) / tokens).mean().item()
+    assert loss == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_solution_off_policy_updates_twice_and_sees_means_move(changed, monkeypatch):
+    problems = [Problem(i, text, "1", str.__eq__) for i, text in enumerate(PROMPTS[:2])]
+    config = softcot.Config(steps=1, samples=4, max_cot=6, max_answer=2, lr=0.01, tau=0.5, sigma_scale=0.33)
+    steps, moved = [], []
+    for module in (softcot, changed("10_off_policy")):
+        rewards = itertools.cycle([0.0, 100])
+        monkeypatch.setattr(module, "reward", lambda *_: next(rewards))
+        policy = tiny_policy("llama")
+        optimizer, schedule = module.make_optimizer(policy, config)
+        metrics, _, _ = module.train_step(policy, problems, 0, config, optimizer, schedule)
+        steps.append(optimizer.state[next(policy.model.parameters())]["step"].item())
+        moved.append(metrics["mean_moved"])
+    assert steps == [1, 2] and moved[0] < 1e-4 and moved[1] > 1e-2, moved
 
 
 # ------------------------------------------------------------------------------------------------
