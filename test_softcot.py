@@ -1707,8 +1707,12 @@ def test_help_explains_every_flag(capsys):
         assert softcot.flag(field.name) in text and field.metadata["help"].split()[0] in text
 
 
-def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model(tmp_path):
+@pytest.mark.xdist_group("classroom")
+def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model(
+    tmp_path, classroom
+):
     """The whole program as a user starts it, with fewer steps and problems to save time."""
+    shutil.copytree(classroom / "runs" / "toy-base", tmp_path / "runs" / "toy-base")
     command = [sys.executable, str(HERE / "softcot.py"), "--steps", "60", "--eval-limit", "96"]
     command += ["--eval-k", "4", "--eval-settings", "hard_greedy", "hard_sample", "soft_sample"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -2151,14 +2155,15 @@ def test_runs_are_packed_into_a_table(tmp_path):
     assert two == {"run": "bare", "config": None, "eval": [{"n": 1}], "metrics": None}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def classroom(tmp_path_factory):
-    """A folder of the project where nothing has been trained yet; the notebooks share it."""
+    """A folder of the project where the toy is pretrained; the notebooks train the rest there."""
     folder = tmp_path_factory.mktemp("classroom")
     for name in ("softcot.py", "toy_tasks.py"):
         shutil.copy(HERE / name, folder)
     (folder / "notebooks" / "solutions").mkdir(parents=True)
     shutil.copy(HERE / "notebooks" / "checks.py", folder / "notebooks")
+    toy_tasks.base_model(folder / "runs" / "toy-base")
     return folder
 
 
