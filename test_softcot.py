@@ -2430,7 +2430,7 @@ def functions(source):
 
 def test_each_exercise_is_solved_and_its_diffs_change_what_it_says(tmp_path):
     text = (SOLVING / "exercises.md").read_text()
-    answers = re.findall(r"^## (\d+)\. (.*)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    answers = re.findall(r"^## (\d+)\. ([^\n]*)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     titles = {number: re.match(r"\*(.+?)[.?]?\*", task)[1] for number, task in EXERCISES.items()}
     assert {number: title.rstrip(".?") for number, title, _ in answers} == titles
     assert list(titles) == [str(n + 1) for n in range(len(titles))] and len(titles) == 12
@@ -2438,7 +2438,7 @@ def test_each_exercise_is_solved_and_its_diffs_change_what_it_says(tmp_path):
     for number, _, answer in answers:
         names = [name for name in DIFFS if name.split("_")[0] == number]
         assert set(re.findall(r"\((\w+)\.diff\)", answer)) == set(names)
-        asked, found = set(re.findall(r"[Ii]n `([\w.]+)\(\)`", EXERCISES[number])), set()
+        asked, found = set(re.findall(r"[Ii]n\s+`([\w.]+)\(\)`", EXERCISES[number])), set()
         for name in names:
             after = functions(with_changes(tmp_path, name))
             here = {key for key in before if before[key] != after[key]}
