@@ -1105,7 +1105,9 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
 
     held_out: validation problems. Of equally good models the last is kept; of all, if none."""
     greedy = settings_of(config)[f"{config.cot}_greedy"]
-    score = evaluate(policy, held_out, greedy, config, 1)["k"]["1"] if held_out else float(step)
+    score = float(step)
+    if held_out:  # a signal waits: the step behind is to be saved
+        score = evaluate(policy, held_out, greedy, config, 1, may_stop=False)["k"]["1"]
     if score >= best or not (out / "model").exists():
         best = score
         weights = states.get_model_state_dict(policy.model, options=WHOLE)
@@ -1206,13 +1208,13 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: Config,
-             n: int) -> dict:
+def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: Config, n: int,
+             may_stop: bool = True) -> dict:
     """pass@1, 2, 4, ... n of a setting with n samples a problem (1 if it is deterministic).
 
     k_error: standard error of each pass@k over the problems. entropy_by_position: mean over the
     CoTs that got there, in nats (the paper's Figure 4). Problems go in order of length, so that a
-    batch has little padding."""
+    batch has little padding. may_stop: a signal raises Stopped between two batches."""
     n = 1 if setting.deterministic else n
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
     size = max(1, config.prompts * config.samples // n)  # as many rows as a training rollout has
@@ -1220,7 +1222,7 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
     counts, stopped = [], 0  # right samples of each problem; CoTs with the stop phrase
     reached, nats = np.zeros((2, config.eval_max_cot))  # CoTs with a token at t; their entropy
     for batch in progress("evaluation", batches, "batch"):
-        if stopping():
+        if may_stop and stopping():
             raise Stopped
         answer_tau = 0.0  # greedy
         r, rewards = rewarded(
