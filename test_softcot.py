@@ -1707,7 +1707,6 @@ def test_help_explains_every_flag(capsys):
         assert softcot.flag(field.name) in text and field.metadata["help"].split()[0] in text
 
 
-@pytest.mark.xdist_group("classroom")
 def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model(
     tmp_path, classroom
 ):
@@ -2195,7 +2194,6 @@ def execute(notebook, folder, **how):
     NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where, **how).execute()
 
 
-@pytest.mark.xdist_group("classroom")
 @pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("[123]_*.ipynb")), ids=lambda p: p.stem)
 def test_a_notebook_runs_and_its_lessons_hold(path, classroom):
     notebook = nbformat.read(path, as_version=4)
@@ -2232,7 +2230,6 @@ def checked(name, **sources):
     return said.getvalue().strip()
 
 
-@pytest.mark.xdist_group("classroom")
 @pytest.mark.parametrize("folder, said", [("solutions", "right"), (".", "not written yet")])
 def test_write_it_yourself_runs_solved_and_with_nothing_filled_in(folder, said, classroom):
     path = HERE / "notebooks" / folder / WRITE
@@ -2376,7 +2373,6 @@ def test_a_function_that_is_wrong_slow_or_stops_leaves_the_librarys_in_place(cap
     checks.RIGHT.clear()
 
 
-@pytest.mark.xdist_group("classroom")
 def test_write_it_yourself_says_in_one_line_what_is_missing(tmp_path, classroom):
     said = []
     for name in ("softcot.py", "checks.py", "toy_tasks.py"):
