@@ -2420,8 +2420,9 @@ def changed(tmp_path, monkeypatch):
 
 def functions(source):
     """What each function of a file says, by name."""
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    return {(node.name, i): ast.dump(node) for i, node in enumerate(nodes)}
+    lines, nodes = source.splitlines(), ast.walk(ast.parse(source))
+    nodes = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    return {(node.name, i): lines[node.lineno : node.end_lineno] for i, node in enumerate(nodes)}
 
 
 def test_each_exercise_is_solved_and_its_diffs_change_what_it_says(tmp_path):
