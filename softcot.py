@@ -2038,7 +2038,7 @@ class Config:
         False, "run layers again in the backward pass: memory", action="store_true")
     dtype: Optional[str] = option(
         None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic", choices=DTYPES)
-    device: Optional[str] = option(None, "cuda, mps or cpu (default: the first that is there)")
+    device: Optional[str] = option(None, "cuda, mps, cpu (default: the first there is; toy: cpu)")
     threads: Optional[int] = option(
         None, "CPU threads (default: 1 for the toy, else PyTorch's)", type=int)
 
@@ -2084,7 +2084,8 @@ def filled(config: Config) -> tuple[Config, str]:
     """Config with the defaults of task, mode and machine for None, and a line that tells them."""
     task = task_named(config.task)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    device = config.device or ("cuda" if cuda else "mps" if mps else "cpu")
+    fastest = "cuda" if cuda else "mps" if mps else "cpu"
+    device = config.device or (fastest if config.model else "cpu")  # the toy is too small to gain
     with explained((RuntimeError, AssertionError), f"--device {device} can't be used here"):
         torch.empty(0, device=device)
     slow = f"--dtype {config.dtype}: this GPU has no bf16; leave it out, fp32 is taken then"

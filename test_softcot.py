@@ -532,9 +532,11 @@ def test_bf16_is_taken_where_a_gpu_has_it_and_is_never_emulated(bf16, given, tak
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     if taken is None:
         with pytest.raises(softcot.UserError, match="no bf16"):
-            softcot.filled(softcot.Config(dtype=given))
+            softcot.filled(softcot.Config(model="m", dtype=given))
     else:
-        assert softcot.filled(softcot.Config(dtype=given))[0].dtype == taken
+        config, _ = softcot.filled(softcot.Config(model="m", dtype=given))
+        assert (config.dtype, config.device) == (taken, "cuda")
+        assert softcot.filled(softcot.Config())[0].device == "cpu"  # the toy
 
 
 def test_a_gpu_is_given_tf32_and_an_attention_without_nan(monkeypatch):

@@ -10,7 +10,8 @@ with the noise --noise, hard ones, --noise with the answers' score alone, 0.33, 
 the CoT's score alone. Each is evaluated at steps 0, 25, 50, 100, ... on the first test problems:
 hard greedy and hard sampling, a multiple choice, and the distance from the base (KL of next tokens
 on worked solutions). What is there already, in OUT, is not done again; a run that ran out of its
-minutes goes on from its state.
+minutes goes on from its state. Without network, GSM8K needs Math-Verify beside the data: install it by
+`pip install --target DIR math-verify` where there is one, and set PYTHONPATH=DIR.
 """
 
 import argparse
