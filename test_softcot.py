@@ -3396,6 +3396,12 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_with_tiny_shapes(capsys):
 
 
 def test_the_script_on_rounding_finds_what_rounding_does(tiny_folder, capsys, monkeypatch):
+    loaded = softcot.load_policy(softcot.filled(softcot.Config(device="cpu"))[0], str(tiny_folder))
+    ids = torch.arange(5)[None]
+    exact = loaded.model(ids).logits
+    with rounding.arithmetic(loaded, "bf16"):
+        assert not torch.equal(loaded.model(ids).logits, exact)  # all layers, of whatever class
+    assert torch.equal(loaded.model(ids).logits, exact)
     policy = wide_policy()
     monkeypatch.setattr(softcot, "load_policy", lambda *_: policy)
     monkeypatch.setattr(softcot, "load_problems", lambda *_: [Problem(i, p, "1", None) for i, p in enumerate(PROMPTS)])

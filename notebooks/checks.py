@@ -110,6 +110,7 @@ def mixture(function) -> None:
     """h = p E: (1 (6, 0) + 1 (0, 12) + 4 (9, -6)) / 6 = (42, -12) / 6 = (7, -2)."""
 
     def slope_in_logits(logits, tau, E):
+        """The gradient that reaches the logits."""
         return slope(function, logits.requires_grad_(), logits, tau, E)
 
     mistakes = [
@@ -144,9 +145,11 @@ def gaussian_logp(function) -> None:
     """-|x - h|^2 / (2 sigma^2): the differences are (6, -6, 3), so -(36 + 36 + 9) / 18 = -4.5."""
 
     def slope_fixed(x, mean, sigma):
+        """The gradient of the mean, x being a constant."""
         return slope(function, mean.requires_grad_(), x, mean, sigma)
 
-    def slope_drawn(x, mean, sigma):  # of an x that was made of the mean, as the library gives it
+    def slope_drawn(x, mean, sigma):
+        """The same with an x that was made of the mean, as the library gives it."""
         mean.requires_grad_()
         return slope(function, mean, mean + (x - mean).detach(), mean, sigma)
 
@@ -258,6 +261,7 @@ def sample_token(function) -> None:
     past = [(None, "you go past the last token: rounding has let the pieces end before u.")]
 
     def whole(*arguments):
+        """Whether the ids are whole numbers."""
         return not torch.as_tensor(function(*arguments)).is_floating_point()
 
     peaks = torch.tensor([[0.0, 1.0, 3.0], [5.0, 1.0, 2.0]]), 0.0, torch.tensor([0.01, 0.99])
@@ -278,10 +282,12 @@ def step(function) -> None:
     """h = (7, -2), sigma = 1/2, eps = (1, -1): soft feeds (7.5, -2.5); hard draws token 1."""
 
     def fed(*arguments):
+        """The input of the two that are returned."""
         both = function(*arguments)
         return None if both is None else both[0]
 
     def token(*arguments):
+        """The token of the two that are returned."""
         return function(*arguments)[1]
 
     eps, u = torch.tensor([[1.0, -1.0]]), torch.tensor([0.27])
@@ -341,6 +347,7 @@ def adapted(function):
     """A student's function as the library calls it: arrays and lists become tensors."""
 
     def called(*arguments):
+        """The function, with a tensor for what it gives."""
         result = function(*arguments)
         return result if isinstance(result, (int, float)) else tensor(result)
 

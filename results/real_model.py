@@ -69,6 +69,7 @@ def score_of(which: str):
     real = softcot.log_probs
 
     def some(policy, r):
+        """log_probs() with the gradient of a part."""
         cot, answer, moved = real(policy, r)
         return (cot.detach() if which == "answers" else cot,
                 answer.detach() if which == "cot" else answer, moved)  # fmt: skip

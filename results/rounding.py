@@ -39,12 +39,13 @@ def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
 def arithmetic(policy: softcot.Policy, name: str):
     """Linear layers round inputs and weights to a format; bf16 also what they give."""
     bits = BITS[name]
-    layers = [m for m in policy.model.base_model.modules() if type(m) is nn.Linear]
+    layers = [m for m in policy.model.base_model.modules() if isinstance(m, nn.Linear)]
     before = [module.__dict__.get("forward") for module in layers]
     for module in layers if bits < 24 else []:
         weight = rounded(module.weight.detach(), bits)
 
         def forward(x, module=module, weight=weight):
+            """The layer's output, rounded."""
             w = weight  # with the gradient of the weight as it is
             if torch.is_grad_enabled():
                 w = module.weight + (weight - module.weight).detach()
@@ -143,6 +144,7 @@ def train_toy(steps: int) -> None:
     real = softcot.rollout
 
     def in_bf16(policy, *arguments):
+        """The same rollout in bf16."""
         with arithmetic(policy, "bf16"):
             return real(policy, *arguments)
 
