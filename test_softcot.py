@@ -2147,12 +2147,14 @@ def test_runs_are_packed_into_a_table(tmp_path):
         folder.mkdir()
         (folder / "eval.json").write_text('[{"n": 1}]')
     (full / "config.json").write_text('{"seed": 3}')
-    (full / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.5}\n')
+    lines = ('{"step": 1, "loss": NaN, "lr": 0.1, "train_s": 9}', '{"step": 2, "loss": 0.1234567, "lr": 0.1}')
+    (full / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     command = [sys.executable, str(HERE / "results" / "pack.py"), str(full), str(bare)]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     one, two = map(json.loads, table.splitlines())
     assert (one["run"], one["config"], one["eval"]) == ("full", {"seed": 3}, [{"n": 1}])
-    assert one["metrics"]["step"] == [1, 2] and one["metrics"]["loss"][1] == 0.5
+    assert set(one["metrics"]) == {"step", "loss", "lr"} and one["metrics"]["lr"] == [0.1, 0.1]
+    assert one["metrics"]["step"] == [1, 2] and one["metrics"]["loss"][1] == 0.12346
     assert two == {"run": "bare", "config": None, "eval": [{"n": 1}], "metrics": None}
 
 
