@@ -588,6 +588,23 @@ def test_random_numbers_are_those_of_splitmix64_and_depend_on_the_row_alone():
     assert 0 < u.min() and u.max() < 1
 
 
+@pytest.mark.parametrize("place", ["embedding", "hidden", "logits", "topk-logits"])
+def test_what_only_a_loss_needs_is_not_kept_without_one(place):
+    """V numbers a position for noise on logits: an evaluation would hold N T V of them, twice."""
+    setting = dataclasses.replace(SETTINGS["soft_sample"], noise_at=place)
+    seeds, found = torch.arange(len(PROMPTS)), []
+    for keep in (True, False):
+        policy = tiny_policy("llama")
+        r = softcot.rollout(policy, PROMPTS, seeds, setting, 6, 3, 0.0, keep)
+        found.append((r, policy.engine.buffers[setting]))
+    (kept, full), (bare, few) = found
+    assert {"x", "eps"} <= full.keys() and few.keys() == {"ids", "logp", "entropy"}
+    assert bare.cot.x is None and bare.cot.eps is None and bare.cot.z is None
+    for name in ("ids", "logp", "entropy", "mask"):
+        assert torch.equal(getattr(bare.cot, name), getattr(kept.cot, name))
+    assert bare.answers == kept.answers
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_one_engine_serves_many_rollouts(name, monkeypatch):
     """With looks every 5 positions, few columns in use, other prompts and weights: as a new one."""
