@@ -16,8 +16,7 @@ applies; after training, the model is used with ordinary hard tokens.
 Dimensions of the shape comments:
     B prompts of a step, G samples of each prompt, N = B*G sequences (row n = b*G + g)
     P prompt, T CoT, F prefill, A answer: lengths in tokens; L = P+T+F+A columns, C those just fed
-    V vocabulary, D embedding width, H width of the last hidden state, K width of what gets the
-    noise (D unless --noise-at), M some of the rows or positions, k some of the logits
+    V vocabulary, D embedding width, H width of the last hidden state, M some rows or positions
 E [V, D] are the token embeddings, tau is a temperature, sigma the noise's standard deviation.
 logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
 A sequence is laid out as  [prompt P | gap][CoT T | gap][prefill F | gap][answer A | gap].
@@ -65,8 +64,7 @@ class Setting:
 
     cot: str  # hard: one token's embedding; soft, fuzzy: a mixture of embeddings
     tau: float  # temperature of p = softmax(logits / tau); 0 means arg-max
-    noise: float  # sigma / root-mean-square of E (in ablations, of what it is added to); 0: none
-    noise_at: str = "embedding"  # what it is added to: see before_noise()
+    noise: float  # sigma, in units of the root-mean-square of E; 0: none
 
     @property
     def deterministic(self) -> bool:
@@ -86,7 +84,7 @@ SETTINGS = {  # training samples with "<cot>_sample" and validates with "<cot>_g
 
 # ---- 2. Soft tokens: mixture, noise, densities --------------------------------------------------
 # The method itself: how the next input of a chain of thought is made from the logits, and the
-# density that it is drawn from. All are functions of tensors; next_input() needs the model's head.
+# density that it is drawn from. All are functions of tensors.
 
 def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
     """h = p E with p = softmax(logits / tau): the mean embedding under p   (eqs 3, 5).
@@ -149,20 +147,6 @@ def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
 
-def before_noise(hidden: Tensor, logits: Tensor, setting: Setting, E: Tensor, top=None) -> tuple:
-    """The mean of the Gaussian: what noise will be added to; and, for topk-logits, its indices.
-
-    The paper's method is "embedding", h = p E [..., D]. Its ablations: "hidden", what the head
-    reads [..., H]; "logits" [..., V]; "topk-logits", those at the indices top [..., k], by default
-    the 5 highest."""
-    if setting.noise_at == "topk-logits":
-        top = logits.topk(5).indices if top is None else top
-        return logits.gather(-1, top), top
-    if setting.noise_at == "embedding":
-        return mixture(logits, setting.tau, E), None
-    return (hidden if setting.noise_at == "hidden" else logits), None
-
-
 @dataclass
 class Step:
     """One position of N rows: the input that next_input() makes, and what is known of it."""
@@ -171,35 +155,27 @@ class Step:
     ids: Tensor  # [N] hard: the tokens; soft, fuzzy: their shadow, the likeliest one, as text
     logp: Tensor  # [N] nats, as the sampler saw it; 0 if deterministic: there is no density
     entropy: Tensor  # [N] nats, of the next-token distribution before noise
-    eps: Optional[Tensor] = None  # [N, K] the noise that was drawn, in units of sigma
-    z: Optional[Tensor] = None  # [N, K] the noisy quantity where it is not x itself
-    top: Optional[Tensor] = None  # [N, k] which logits z is made of, for topk-logits
+    eps: Optional[Tensor] = None  # [N, D] the noise that was drawn, in units of sigma
 
 
-def next_input(policy: Policy, hidden: Tensor, setting: Setting, E: Tensor, sigma: Tensor,
+def next_input(logits: Tensor, setting: Setting, E: Tensor, sigma: Tensor,
                eps: Optional[Tensor], u: Tensor) -> Step:
-    """The next CoT input, made from the last hidden state.
+    """The next CoT input, made from the logits.
 
     hard: x = E[token], token ~ p (eq 4).  soft, fuzzy: x = p E + sigma * eps (eq 6).
-    hidden [N, H], E [V, D], sigma [], eps [N, K] normal (None: no noise), u [N] in (0, 1). The
+    logits [N, V], E [V, D], sigma [], eps [N, D] normal (None: no noise), u [N] in (0, 1). The
     host reads no value (hence sigma is a tensor), so a GPU can record and replay it."""
-    logits = policy.head(hidden)  # [N, V]
     nats = entropy(logits)  # [N]
+    no_density = torch.zeros_like(nats)
     if setting.cot == "hard":
         token = sample_token(logits, setting.tau, u)
-        zeros = torch.zeros_like(nats)
-        logp = categorical_logp(token, logits, setting.tau) if setting.tau else zeros
+        logp = categorical_logp(token, logits, setting.tau) if setting.tau else no_density
         return Step(E[token], token, logp, nats)
-    mean, top = before_noise(hidden, logits, setting, E)  # [N, K]
-    z = mean if eps is None else mean + (sigma * eps).to(mean.dtype)
-    logp = torch.zeros_like(nats) if eps is None else soft_logp(eps, mean, sigma)
-    if setting.noise_at == "embedding":
-        return Step(z, logits.argmax(-1), logp, nats, eps)
-    if setting.noise_at == "hidden":
-        logits = policy.head(z)
-    else:
-        logits = z if top is None else logits.scatter(-1, top, z)
-    return Step(mixture(logits, setting.tau, E), logits.argmax(-1), logp, nats, eps, z, top)
+    mean, likeliest = mixture(logits, setting.tau, E), logits.argmax(-1)  # [N, D], [N]
+    if eps is None:
+        return Step(mean, likeliest, no_density, nats)
+    x = mean + (sigma * eps).to(mean.dtype)
+    return Step(x, likeliest, soft_logp(eps, mean, sigma), nats, eps)
 
 
 def random_words(seeds: Tensor, index: Tensor) -> Tensor:
@@ -230,19 +206,19 @@ def row_seeds(labels: list[tuple[int, ...]]) -> Tensor:
     return seeds
 
 
-def draw(seeds: Tensor, position: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """The random numbers of a position [1] of each row: u [N] in (0, 1), eps [N, K] normal.
+def draw(seeds: Tensor, position: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """The random numbers of a position [1] of each row: u [N] in (0, 1), eps [N, D] normal.
 
     Row n's depend on seeds[n] alone: neither its neighbours nor the batch size can change them.
     Each position has 2^20 words of its own: one for u, the others for two eps each (Box and
-    Muller). K may be 0."""
-    index = (position << 20) + torch.arange(1 + (K + 1) // 2, device=seeds.device)
-    words = random_words(seeds, index)  # [N, 1 + K/2]
+    Muller). D may be 0."""
+    index = (position << 20) + torch.arange(1 + (D + 1) // 2, device=seeds.device)
+    words = random_words(seeds, index)  # [N, 1 + D/2]
     u = unsigned_shift(words[:, 0], 41) * 2.0**-23 + 2.0**-24  # not 0, not 1
     words = words[:, 1:]  # 2 x 32 bits each
     radius = (-2 * (((words & 0xFFFFFFFF) + 1) * 2.0**-32).log()).sqrt()
     angle = unsigned_shift(words, 32) * (2 * math.pi * 2.0**-32)
-    return u, torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[:, :K]
+    return u, torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[:, :D]
 
 
 # ---- 3. The model -------------------------------------------------------------------------------
@@ -256,7 +232,6 @@ class Policy:
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     mixed: bool = False  # bf16 arithmetic on fp32 weights
-    recomputes: bool = False  # the backward pass runs each layer again: see load_policy()
     logit_scale: float = 1.0  # what the model multiplies its head's output by (Granite, Cohere)
     engine: Optional[Engine] = None  # that of the last rollout, for the next one
 
@@ -286,32 +261,16 @@ class Policy:
         bound = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return bound * torch.tanh(logits / bound) if bound else logits
 
-    def attention(self, real: Tensor, columns: Tensor) -> tuple:
-        """Mask and positions of columns [C]: each attends to the real [N, L] ones up to itself.
-
-        Returns the mask [N, 1, C, L], where layers differ one for each kind of layer, and positions
-        [N, C], which count real tokens."""
-        config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        seen = real[:, None] & (torch.arange(real.shape[1], device=real.device) <= columns[:, None])
-        positions = seen.sum(2) - 1  # [N, C]
-        masks = {"full_attention": seen, "sliding_attention": seen}
-        if window:
-            age = positions[:, :, None] - (real.cumsum(1) - 1)[:, None]  # [N, C, L]
-            masks["sliding_attention"] = seen & (age < window)
-        every = "sliding_attention" if window else "full_attention"
-        kinds = set(getattr(config, "layer_types", None) or [every])
-        masks = {kind: masks[kind][:, None] for kind in kinds}
-        if config._attn_implementation == "eager":  # which adds its mask to the logits
-            masks = {kind: torch.where(m, 0.0, -1e9) for kind, m in masks.items()}
-        return masks if len(masks) > 1 else masks.popitem()[1], positions
-
     def run(self, x: Tensor, real: Tensor, columns: Tensor, cache=None, weights=None) -> Tensor:
         """Feed x [N, C, D] as columns [C] of the real [N, L]; their last hidden states [N, C, H].
 
-        cache has the keys and values of earlier columns, and gets those of these. weights, by name,
-        take the place of the model's own."""
-        mask, positions = self.attention(real, columns)
+        Each column attends to the real ones up to itself, and its position is their number. cache
+        has the keys and values of earlier columns, and gets those of these. weights, by name, take
+        the place of the model's own."""
+        seen = real[:, None] & (torch.arange(real.shape[1], device=real.device) <= columns[:, None])
+        positions, mask = seen.sum(2) - 1, seen[:, None]  # [N, C], [N, 1, C, L]
+        if self.model.config.get_text_config()._attn_implementation == "eager":
+            mask = torch.where(mask, 0.0, -1e9)  # is added to the logits there
         inputs = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions)
         inputs |= dict(past_key_values=cache, use_cache=cache is not None)
         model = self.model.base_model
@@ -351,17 +310,6 @@ class Policy:
         """Text of token ids, without special tokens."""
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-class FewRows(nn.Linear):
-    """nn.Linear, computed as (W x^T)^T: on a CPU faster for a few dozen rows, as decoding has."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., inputs] -> [..., outputs]; with gradient or many rows as nn.Linear does it."""
-        if torch.is_grad_enabled() or x[..., 0].numel() > 64:
-            return super().forward(x)
-        y = (self.weight @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], len(self.weight))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 # ---- 4. Engine: rows that grow column by column, at fixed addresses -----------------------------
@@ -518,15 +466,15 @@ class Engine:
         for buffer in (self.real, *self.keys_and_values()):
             buffer[: len(order)] = buffer[order]
 
-    def begin(self, setting: Setting, T: int, hidden: Tensor, position=0, sigma=0.0, K=0,
+    def begin(self, setting: Setting, T: int, hidden: Tensor, position=0, sigma=0.0,
               keep=False) -> None:
-        """Start a phase of T steps: hidden [N, H] before it, noise of K entries a step and row.
+        """Start a phase of T steps: hidden [N, H] before it, noise of size sigma.
 
         position: that of its first step in the random streams. keep: also what the loss needs."""
-        self.setting, self.first, self.K = setting, self.filled, K
+        self.setting, self.first = setting, self.filled
         self.kept = {"ids", "logp", "entropy"}
         if keep and setting.cot != "hard":
-            self.kept |= {"x", "eps", "z", "top"}
+            self.kept |= {"x", "eps"}
         if self.hidden is None:
             self.hidden = hidden.new_zeros(self.N, hidden.shape[1])
         self.hidden[: len(hidden)] = hidden
@@ -538,10 +486,10 @@ class Engine:
     def step(self) -> None:
         """One position of the rows in the batch: make the next input, write it down, feed it."""
         here, t = self.row_at[: self.batch], self.t  # [M], [1]
-        u, eps = draw(self.seeds[here], self.position, self.K)
-        eps = eps if self.K else None
-        made = next_input(
-            self.policy, self.hidden[here], self.setting, self.E, self.sigma, eps, u)
+        u, eps = draw(self.seeds[here], self.position, self.E.shape[1] * (self.setting.noise > 0))
+        logits = self.policy.head(self.hidden[here])  # [M, V]
+        eps = eps if self.setting.noise else None
+        made = next_input(logits, self.setting, self.E, self.sigma, eps, u)
         for name, value in vars(made).items():
             if name in self.kept and value is not None:
                 self.buffer(name, value)[here, t] = value
@@ -618,9 +566,7 @@ class Phase:
     mask: Tensor  # [N, T] True on real tokens
     # for the loss of a soft CoT, else None; behind a row's end anything
     x: Optional[Tensor] = None  # [N, T, D] the inputs
-    eps: Optional[Tensor] = None  # [N, T, K] the noise that was drawn, in units of sigma
-    z: Optional[Tensor] = None  # [N, T, K]
-    top: Optional[Tensor] = None  # [N, T, k]
+    eps: Optional[Tensor] = None  # [N, T, D] the noise that was drawn, in units of sigma
 
 
 @dataclass
@@ -628,7 +574,7 @@ class Rollout:
     """N sampled sequences and what the loss and the reports need of them; holds no gradient."""
 
     setting: Setting
-    sigma: float  # absolute, in the units of what the noise is added to; 0: none
+    sigma: float  # standard deviation of the noise, in the units of E; 0: none
     prompt_ids: Tensor  # [N, P]
     prompt_mask: Tensor  # [N, P]
     prefill_ids: Tensor  # [N, F]
@@ -661,6 +607,7 @@ def last(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
 
 
+@torch.no_grad()
 def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting, max_cot: int,
             max_answer: int, answer_tau: float, keep: bool = True) -> Rollout:
     """Let the policy think about each prompt and answer it; no gradient is recorded.
@@ -669,42 +616,26 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
     temperature of the answer (1 in training, 0 in evaluation). keep: also what the loss needs.
     Returns N rows, as long as the longest of them. Of several processes each samples some of
     them."""
-    sample = partial(rollout_here, setting=setting, max_cot=max_cot, max_answer=max_answer,
-                     answer_tau=answer_tau, keep=keep)  # fmt: skip
-    if not several():
-        return sample(policy, prompts, seeds)
-    own = list(range(rank(), len(seeds), processes())) or [0]
-    with whole_weights(policy):
-        r = sample(policy, [prompts[n] for n in own], seeds[own])
-        forget_engine(policy)  # it knows the weights by their place, and FSDP2 moves them
-    return merged(r, len(seeds))
-
-
-@torch.no_grad()
-def rollout_here(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
-                 max_cot: int, max_answer: int, answer_tau: float, keep: bool) -> Rollout:
-    """rollout() of these rows in this process."""
+    rows = len(seeds)
+    own = list(range(rank(), rows, processes())) or [0]
+    prompts, seeds = [prompts[n] for n in own], seeds[own]
     different = list(dict.fromkeys(prompts))  # B texts
     ids, mask = policy.tokenize(different)  # [B, P]
     prompt_of = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
     N, P = len(prompts), ids.shape[1]
     max_prefill = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # F at most
     columns = P + max_cot + max_prefill + max_answer
-    engine = engine_with(policy, N, columns, max(max_cot, max_answer))
-    with policy.arithmetic():
+    with whole_weights(policy), policy.arithmetic():
+        engine = engine_with(policy, N, columns, max(max_cot, max_answer))
         engine.batch = len(different)
         engine.reserve(P)
         hidden = last(engine.feed(engine.E[ids], mask), mask)  # [B, H]
-        sigma, K = 0.0, 0
-        if setting.noise:
-            quantity, _ = before_noise(hidden, policy.head(hidden), setting, engine.E)  # [B, K]
-            unit = engine.E if setting.noise_at == "embedding" else quantity
-            sigma, K = setting.noise * unit.float().square().mean().sqrt().item(), quantity.shape[1]
+        sigma = setting.noise * engine.E.float().square().mean().sqrt().item()
         engine.arrange(prompt_of)
         engine.batch, engine.row_at[:N] = N, torch.arange(N, device=ids.device)
         engine.seeds[:N] = seeds
         prompt_ids, prompt_mask = ids[prompt_of], mask[prompt_of]  # [N, P]
-        engine.begin(setting, max_cot, hidden[prompt_of], 0, sigma, K, keep)
+        engine.begin(setting, max_cot, hidden[prompt_of], 0, sigma, keep)
         cot, stopped = generate(engine, N, max_cot, lambda text: STOP.strip() in text)
         cots = [policy.decode(row[real]) for row, real in zip(cot.ids, cot.mask)]
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
@@ -718,8 +649,9 @@ def rollout_here(policy: Policy, prompts: list[str], seeds: Tensor, setting: Set
         engine.begin(hard, max_answer, hidden, position=max_cot)
         answer, _ = generate(engine, N, max_answer, lambda text: boxed(text) is not None)
     answers = [policy.decode(row[real]) for row, real in zip(answer.ids, answer.mask)]
-    return Rollout(setting, sigma, prompt_ids, prompt_mask, prefill_ids, prefill_mask,
-                   cot, answer, stopped, cots, answers)
+    r = Rollout(setting, sigma, prompt_ids, prompt_mask, prefill_ids, prefill_mask,
+                cot, answer, stopped, cots, answers)
+    return merged(r, rows)
 
 
 def progress(what: str, items, unit: str) -> tqdm:
@@ -787,15 +719,11 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         rest = torch.cat([r.cot.x, rest[:, T:]], dim=1)
     columns = torch.arange(P + T + F + A, device=ids.device)
     with policy.arithmetic():
-        if policy.recomputes:  # layers that run twice can't fill a cache
-            x = torch.cat([prompt_x[prompt_of], rest], dim=1)  # [N, L, D]
-            hidden = policy.run(x, real, columns)  # [N, L, H]
-        else:
-            cache = transformers.DynamicCache()
-            first = policy.run(prompt_x, prompts >= 0, columns[:P], cache)  # [B, P, H]
-            cache.batch_select_indices(prompt_of)
-            hidden = policy.run(rest, real, columns[P:], cache)
-            hidden = torch.cat([first[prompt_of], hidden], dim=1)  # [N, L, H]
+        cache = transformers.DynamicCache()
+        first = policy.run(prompt_x, prompts >= 0, columns[:P], cache)  # [B, P, H]
+        cache.batch_select_indices(prompt_of)
+        hidden = policy.run(rest, real, columns[P:], cache)
+        hidden = torch.cat([first[prompt_of], hidden], dim=1)  # [N, L, H]
         # a position is predicted from the last real column before it, never from a gap
         before = torch.where(real, columns, 0).cummax(dim=1).values.roll(1, dims=1)  # [N, L]
         cot = phase_logp(policy, r.cot, r.setting, r.sigma, hidden, before[:, P : P + T])
@@ -814,9 +742,7 @@ def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hid
     row, place = phase.mask.nonzero(as_tuple=True)  # [M] the real positions
     # recomputation needs an input with gradient, even if all of it is constant
     found = hidden[row, before[row, place]].requires_grad_(torch.is_grad_enabled())  # [M, H]
-    noisy = phase.x if phase.z is None else phase.z
-    fields = (phase.ids, phase.eps, noisy, phase.top)
-    fields = [None if x is None else x[row, place] for x in fields]
+    fields = [None if x is None else x[row, place] for x in (phase.ids, phase.eps, phase.x)]
     one = partial(positions_logp, policy, setting, sigma)
     if torch.is_grad_enabled():
         one = partial(recompute, one, use_reentrant=True)
@@ -830,17 +756,16 @@ def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hid
 
 
 def positions_logp(policy: Policy, setting: Setting, sigma: float, hidden: Tensor, ids: Tensor,
-                   eps: Optional[Tensor], noisy: Optional[Tensor],
-                   top: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+                   eps: Optional[Tensor], x: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     """log pi of M positions and how far their means moved, in sigma: [M] each.
 
     The move is the distance between this pass's mean and the rollout's. hidden [M, H], ids [M],
-    eps and noisy [M, K] or None, top [M, k] or None: see Step."""
+    eps and x [M, D], or None for hard tokens: see Step."""
     logits = policy.head(hidden)
     if setting.cot == "hard":
         return categorical_logp(ids, logits, setting.tau), torch.zeros(len(ids), device=ids.device)
-    mean, _ = before_noise(hidden, logits, setting, policy.embeddings(), top)
-    moved = (noisy - sigma * eps - mean.detach()).float().norm(dim=-1) / sigma
+    mean = mixture(logits, setting.tau, policy.embeddings())
+    moved = (x - sigma * eps - mean.detach()).float().norm(dim=-1) / sigma
     return soft_logp(eps, mean, sigma), moved
 
 
@@ -999,22 +924,14 @@ def make_optimizer(policy: Policy, config: Config) -> tuple:
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-PROCESS = "/proc/self"  # where Linux tells the memory of this process
-
-
 def peak_gib(device: torch.device) -> float:
-    """Highest memory in GiB since the last call: of the GPU, else of this process (on Linux)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # so that a clock read next has the time of the work
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak / 2**30
-    status, reset = (Path(PROCESS) / name for name in ("status", "clear_refs"))
-    if not reset.exists():
+    """Highest memory of a GPU in GiB since the last call; NaN elsewhere."""
+    if device.type != "cuda":
         return math.nan
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
-    reset.write_text("5")  # start again from the present
-    return peak / 2**20
+    torch.cuda.synchronize(device)  # so that a clock read next has the time of the work
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak / 2**30
 
 
 def disagreement(gaps: Tensor, moves: Tensor) -> dict:
@@ -1069,12 +986,12 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     r, rewards = rewarded(policy, problems, config.samples, (config.seed, TRAINING, step), setting,
                           config.max_cot, config.max_answer, answer_tau)
     rollout_gib, rolled = peak_gib(policy.model.device), time.perf_counter()
-    if r.cot.x is not None and r.cot.z is None:  # before the weights change
+    if r.cot.x is not None:  # before the weights change
         r.shadows = tuple(called_by(policy, shadow, r, n) for n in range(look))
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
-    advice = "out of GPU memory in the backward pass: lower --micro-batch, or add"
-    with explained(torch.OutOfMemoryError, f"{advice} --gradient-checkpointing or --dtype bf16"):
+    advice = "out of GPU memory in the backward pass: lower --micro-batch, or add --dtype bf16"
+    with explained(torch.OutOfMemoryError, advice):
         advantages = advantages.to(policy.model.device)
         loss, gaps, moves = policy_gradient(policy, r, advantages, config.micro_batch)
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
@@ -1196,8 +1113,7 @@ def plot_curves(rows: list[dict], cot: str, path: Path) -> None:
 
 
 # ---- 8. Evaluation ------------------------------------------------------------------------------
-# pass@k of all settings, and the likelihood of right options. What was evaluated before a run was
-# interrupted is not done again.
+# pass@k of all settings. What was evaluated before a run was interrupted is not done again.
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c,k)/C(n,k).
@@ -1249,33 +1165,6 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
     }
 
 
-@torch.no_grad()
-def evaluate_choices(policy: Policy, name: str, rows: list[dict]) -> dict:
-    """Accuracy, and negative log-likelihood per token of the right option (the paper's Table 2).
-
-    Teacher-forced: the log-probability of a rollout without CoT whose answer is the option. The
-    model's choice is the option with the highest log-probability per token."""
-    scores = {"accuracy": [], "nll": []}
-    for row in progress(name, rows, "question"):
-        if stopping():
-            raise Stopped
-        question, options, right = CHOICES[name][2](row)
-        ids, mask = policy.tokenize([question] * len(options))  # [options, P]
-        option_ids, option_mask = policy.tokenize(options, begins=False)
-        none = ids[:, :0]  # [options, 0]
-        cot = Phase(none, none, none, none.bool())
-        answer = Phase(option_ids, none, none, option_mask)
-        hard = SETTINGS["hard_sample"]
-        r = Rollout(hard, 0.0, ids, mask, none, none.bool(), cot, answer, [], [], [])
-        _, logp, _ = called_by(policy, log_probs, r)
-        logp = logp.sum(1) / option_mask.sum(1)  # [options] nats per token
-        scores["accuracy"].append(logp.argmax().item() == right)
-        scores["nll"].append(-logp[right].item())
-    error = {key: float(np.std(x) / max(1, len(x) - 1) ** 0.5) for key, x in scores.items()}
-    means = {key: float(np.mean(x)) for key, x in scores.items()}
-    return {"problems": len(rows), **means, "error": error}
-
-
 def evaluate_all(policy: Policy, config: Config, tests: dict[str, list], stage: str,
                  path: Path) -> dict[str, float]:
     """Evaluate --eval-settings on tests (see load_data()), print a table and write path.
@@ -1286,27 +1175,19 @@ def evaluate_all(policy: Policy, config: Config, tests: dict[str, list], stage: 
     weights = sum(w.detach().float().sum().item() for w in policy.model.parameters())
     for task, problems in tests.items():
         print(f"\n{stage}, {task}, {config.eval_k} samples of each problem:")
-        if task not in CHOICES:
-            print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
-        for name in ["teacher_forced"] if task in CHOICES else config.eval_settings:
+        print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
+        for name in config.eval_settings:
             key = {"stage": stage, "task": task, "setting": name}
             before = [row for row in records if key.items() <= row.items()]
             if config.resume and before and before[0].get("weights") == weights:
                 scores = before[0]
-            elif task in CHOICES:
-                scores = evaluate_choices(policy, task, problems)
             else:
                 setting = settings_of(config)[name]
                 scores = evaluate(policy, problems, setting, config, config.eval_k)
-            if task in CHOICES:
-                figures[f"{task} accuracy"] = scores["accuracy"]
-                line = "accuracy {accuracy:.3f}, {nll:.3f} nats per token of the right answer"
-            else:
-                n, ks = scores["n"], scores["k"]
-                figures[f"{task} {name} pass@1"] = ks["1"]
-                line = f"{ks['1']:7.3f} {scores['k_error']['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
-                line += " {cot_len:8.1f} {stop_rate:5.2f} {cot_entropy:8.3f}"
-            print(f"{name:14}", line.format(**scores))
+            n, ks, errors = scores["n"], scores["k"], scores["k_error"]
+            line = f"{name:14} {ks['1']:7.3f} {errors['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
+            print(line, "{cot_len:8.1f} {stop_rate:5.2f} {cot_entropy:8.3f}".format(**scores))
+            figures[f"{task} {name} pass@1"] = ks["1"]
             records = [row for row in records if row not in before]
             records.append({**key, "model": config.model or "toy", "weights": weights, **scores})
             write_json(path, records)
@@ -1554,18 +1435,6 @@ TASKS = {
     "olympiadbench": Task(("Hothan/OlympiadBench", "OE_TO_maths_en_COMP"), None, "train",
                           olympiad_gold, LONG, GRADER.equal),
 }  # fmt: skip
-CHOICES = {  # multiple choice: name on the hub, split, a row's question, options, right index
-    "toy-walk": ((), "test", lambda row: (row["question"], row["options"], row["answer"])),
-    "hellaswag": (("Rowan/hellaswag",), "validation", lambda row: (
-        row["ctx"], [" " + text for text in row["endings"]], int(row["label"]))),
-    "mmlu": (("cais/mmlu", "all"), "test", lambda row: (
-        f"Question: {row['question']}\nAnswer:", [" " + text for text in row["choices"]],
-        int(row["answer"]))),
-    "arc": (("allenai/ai2_arc", "ARC-Challenge"), "test", lambda row: (
-        f"Question: {row['question']}\nAnswer:", [" " + text for text in row["choices"]["text"]],
-        row["choices"]["label"].index(row["answerKey"]))),
-}  # fmt: skip
-
 
 def task_named(name: str) -> Task:
     """A task of the table, or that of the user's own .jsonl file."""
@@ -1594,11 +1463,11 @@ def read_rows(config: Config, name: str, split: str) -> list[dict]:
     if config.data_dir:
         return read_jsonl(Path(config.data_dir) / name / f"{split}.jsonl")
     import datasets  # only here: the toy and local files do without it
-    task = TASKS.get(name)
-    (hub, *parts), hub_split, *_ = (task.hub, getattr(task, split)) if task else CHOICES[name]
+    hub, *parts = TASKS[name].hub
     advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
     errors = (OSError, ValueError, ImportError)
     with explained(errors, f"{name}: could not load {hub} from the hub; {advice}"):
+        hub_split = getattr(TASKS[name], split)
         loaded = [datasets.load_dataset(hub, part, split=hub_split) for part in parts or [None]]
     return [row for rows in loaded for row in rows]
 
@@ -1639,12 +1508,16 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
 
 
 def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Problem]:
-    """The problems that leave room in the model's context for CoT and answer; tells the others."""
+    """The problems that leave room in the model's context for CoT and answer; tells the others.
+
+    The context ends where a window of attention would slide, or LongRoPE's angles would change."""
     text = policy.model.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", math.inf)
+    names = ["max_position_embeddings", "sliding_window", "attention_chunk_size"]
+    sizes = [getattr(text, name, None) for name in names]
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond this, its angles depend on the longest row
-        context = rope.get("original_max_position_embeddings", context)
+    if rope.get("rope_type") == "longrope":
+        sizes.append(rope.get("original_max_position_embeddings"))
+    context = min(size or math.inf for size in sizes)
     more = max(config.max_cot, config.eval_max_cot) + config.max_answer
     more += len(policy.tokenizer(STOP + BOX).input_ids)
     fits = [p for p in problems if len(policy.tokenizer(p.prompt).input_ids) + more <= context]
@@ -1655,16 +1528,14 @@ def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Pro
     golds = policy.tokenizer([p.gold + "}" for p in fits], add_special_tokens=False).input_ids
     long = sum(len(gold) > config.max_answer for gold in golds)
     if long:
-        most = config.max_answer
-        print(f"{long} of {len(fits)} right answers are longer than --max-answer {most}")
+        print(f"{long} of {len(fits)} right answers are longer than --max-answer")
     return fits
 
 
 def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, list]]:
     """Problems to train on and to validate with, and for each of --eval-tasks those to test on.
 
-    Of a multiple choice it is the rows. All that can be wrong with data is found here, before a
-    file is touched."""
+    All that can be wrong with data is found here, before a file is touched."""
     train, held_out, tests = [], [], {}
     if not config.eval_only:
         train = fitting(policy, load_problems(config, config.task, "train"), config)
@@ -1674,16 +1545,8 @@ def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, lis
             given = f"{len(train)} problems for --prompts {config.prompts}"
             print(f"{given}: some come twice in a step")
     for task in config.eval_tasks if config.eval_limit != 0 else ():
-        if task in CHOICES:
-            _, split, read = CHOICES[task]
-            tests[task] = read_rows(config, task, split)[: config.eval_limit]
-            require(tests[task], f"{task}: there are no rows")
-            for i, row in enumerate(tests[task], 1):
-                with explained((KeyError, TypeError, ValueError), f"{task} row {i} can't be read"):
-                    read(row)
-        else:
-            found = load_problems(config, task, "test")[: config.eval_limit]
-            tests[task] = fitting(policy, found, config)
+        problems = load_problems(config, task, "test")[: config.eval_limit]
+        tests[task] = fitting(policy, problems, config)
     return train, held_out, tests
 
 
@@ -1723,13 +1586,7 @@ def load_policy(config: Config, source: str) -> Policy:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     use_gpu_well(config.device)
-    for module in model.modules():
-        if type(module) is nn.Linear and config.device == "cpu":
-            module.__class__ = FewRows  # the same weights, under the same names
-        if isinstance(module, GradientCheckpointingLayer) and config.gradient_checkpointing:
-            module.forward = partial(recompute, module.forward, use_reentrant=False)
-    policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed",
-                    config.gradient_checkpointing)
+    policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
     again = policy.decode(tokenizer(STOP + BOX, add_special_tokens=False).input_ids)
     lost = f"--model {source}: its tokenizer makes {again!r} of the stop phrase {STOP + BOX!r}"
     require(STOP.strip() in again and BOX in again, lost)
@@ -1922,19 +1779,23 @@ def called_by(policy: Policy, function: Callable, *arguments):
 def whole_weights(policy: Policy):
     """Within, every process has all weights."""
     shards = [m for m in policy.model.modules() if isinstance(m, fsdp.FSDPModule)]
-    policy.model.set_reshard_after_forward(False)
     for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     yield
     for module in shards:
         module.reshard()
-    policy.model.set_reshard_after_forward(True)
+        module.set_reshard_after_forward(True, recurse=False)
+    if shards:
+        forget_engine(policy)  # it knows the weights by their place, and FSDP2 moves them
 
 
 def merged(x, N: int):
     """Of a field of this process's rows, a Phase or a Rollout, the same of all N rows.
 
     Row n is of process n modulo their number; shorter ones are padded at their end."""
+    if not several():
+        return x
     if isinstance(x, (Phase, Rollout)):
         return type(x)(**{name: merged(value, N) for name, value in vars(x).items()})
     if not isinstance(x, (list, Tensor)):
@@ -1992,7 +1853,6 @@ def stopping() -> bool:
 # One flag a field; what is left out is filled in from the task, the mode and the machine.
 
 MODES, DTYPES = ("soft", "fuzzy", "hard"), ("fp32", "bf16-mixed", "bf16")
-PLACES = ("embedding", "hidden", "logits", "topk-logits")  # of the noise
 
 
 def option(default, text: str, **how):
@@ -2017,25 +1877,20 @@ class Config:
     lr: Optional[float] = option(None, "peak learning rate of AdamW", type=float)
     warmup: int = option(20, "steps of linear warm-up before the cosine decay", type=int)
     tau: Optional[float] = option(None, "temperature of the CoT's token distribution", type=float)
-    sigma_scale: Optional[float] = option(
-        None, "noise, in units of the RMS of what it is added to", type=float)
-    noise_at: str = option(
-        "embedding", "what the noise is added to; all but embedding are ablations", choices=PLACES)
+    sigma_scale: Optional[float] = option(None, "noise, in units of the RMS of E", type=float)
     seed: int = option(0, "seed of data order, noise and sampling", type=int)
     out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-MODEL-COT-sSEED)")
     data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
     resume: bool = option(
         False, "continue the run in --out-dir from its last saved state", action="store_true")
     eval_only: bool = option(False, "evaluate --model, train nothing", action="store_true")
-    eval_tasks: list[str] = option([], "also math500 olympiadbench hellaswag mmlu arc", nargs="+")
+    eval_tasks: list[str] = option([], "also math500 olympiadbench FILE.jsonl", nargs="+")
     eval_settings: list[str] = option(list(SETTINGS), f"of {' '.join(SETTINGS)}", nargs="+")
     eval_k: Optional[int] = option(None, "samples a problem in evaluation, for pass@k", type=int)
     eval_limit: Optional[int] = option(
         None, "test problems to evaluate; 0 skips all evaluation", type=int)
     micro_batch: Optional[int] = option(
         None, "tokens in one backward pass (default: as many as the memory has room for)", type=int)
-    gradient_checkpointing: bool = option(
-        False, "run layers again in the backward pass: memory", action="store_true")
     dtype: Optional[str] = option(
         None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic", choices=DTYPES)
     device: Optional[str] = option(None, "cuda, mps, cpu (default: the first there is; toy: cpu)")
@@ -2051,19 +1906,17 @@ class Config:
                 require(0 < value < math.inf, f"{flag(name)} {value}: give a positive number")
         tasks = [*TASKS, "FILE.jsonl"]
         for where, names, choices in [("--task", [self.task], tasks),
-                                      ("--eval-tasks", self.eval_tasks, [*tasks, *CHOICES]),
+                                      ("--eval-tasks", self.eval_tasks, tasks),
                                       ("--eval-settings", self.eval_settings, [*SETTINGS])]:
             for name in names:
                 ok = name in choices or name.endswith(".jsonl") and "FILE.jsonl" in choices
                 require(ok, f"{where} {name} is unknown: choose from {', '.join(choices)}")
         if self.eval_only:
-            require(not self.resume, "--resume trains, --eval-only does not: leave one out")
             require(self.eval_limit != 0, "--eval-limit 0 leaves --eval-only nothing to do")
         else:
             require(task_named(self.task).train, f"--task {self.task} is only for --eval-only")
-        noisy = self.sigma_scale or self.noise_at != "embedding"
-        useless = "--sigma-scale and --noise-at have no use with --cot hard: leave them out"
-        require(self.cot != "hard" or not noisy, useless)
+        useless = "--sigma-scale has no use with --cot hard: leave it out"
+        require(self.cot != "hard" or not self.sigma_scale, useless)
         missing = f"--task {self.task} needs a pretrained model: add --model, a hub id or a folder"
         require(self.task == "toy" or self.model, missing)
 
@@ -2074,10 +1927,10 @@ def flag(name: str) -> str:
 
 
 def settings_of(config: Config) -> dict[str, Setting]:
-    """The table above; --tau, --sigma-scale and --noise-at change the rows of the mode --cot."""
-    cot, tau, noise = config.cot, config.tau, (config.sigma_scale or 0.0, config.noise_at)
+    """SETTINGS, but --tau and --sigma-scale change the rows of the mode --cot."""
+    cot, tau, noise = config.cot, config.tau, config.sigma_scale or 0.0
     greedy = Setting(cot, 0.0 if cot == "hard" else tau, 0.0)
-    return SETTINGS | {f"{cot}_greedy": greedy, f"{cot}_sample": Setting(cot, tau, *noise)}
+    return SETTINGS | {f"{cot}_greedy": greedy, f"{cot}_sample": Setting(cot, tau, noise)}
 
 
 def filled(config: Config) -> tuple[Config, str]:
@@ -2131,39 +1984,23 @@ def parse(arguments: list[str]) -> Config:
     return Config(**vars(parser.parse_args(arguments)))
 
 
-MAY_CHANGE = "eval_tasks eval_settings micro_batch gradient_checkpointing threads device"
+MAY_CHANGE = "eval_tasks eval_settings micro_batch threads device"
 
 
 def check_folder(config: Config, out: Path) -> None:
-    """UserError if --out-dir must not be written to: nothing that is there may get lost.
+    """UserError unless --out-dir is new, or --resume goes on with what was started there.
 
-    A resumed run must be there, with the same settings but for MAY_CHANGE."""
-    there, new = out / "config.json", dataclasses.asdict(config) | {"resume": False}
-    old = json.loads(there.read_bytes()) if there.is_file() else {}
-    if config.model and Path(config.model).exists():
-        model, folder = Path(config.model).resolve(), out.resolve()
-        apart = model not in (folder, *folder.parents)
-        apart = apart and (config.eval_only or folder not in model.parents)
-        require(apart, f"--out-dir {out} and --model {config.model} are in each other: change one")
-    if config.resume:
-        require(old, f"--resume: {out} holds no run; leave --resume out")
-        new["out_dir"] = old["out_dir"]  # it may have moved
-        changed = [flag(k) for k in new if k not in MAY_CHANGE.split() and new[k] != old.get(k)]
-        require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
-    elif config.eval_only:
-        own = old.get("model") == config.model or trained_here(config, out)
-        name = old.get("model") or "the toy"
-        require(not old or own, f"--out-dir {out} is of another model, {name}: name another folder")
-    else:
-        names = ("config.json", "eval.json", "state.pt", "model", *LOGS)
-        files = [name for name in names if (out / name).exists()]
-        ways = "--resume goes on with it, another --out-dir starts a new one"
-        require(not files, f"--out-dir {out} holds a run already ({', '.join(files)}): {ways}")
-
-
-def trained_here(config: Config, out: Path) -> bool:
-    """Whether --model is what a run in this folder has trained."""
-    return bool(config.model) and Path(config.model).resolve() == (out / "model").resolve()
+    Nothing that is there may get lost; but for MAY_CHANGE the settings must be the same."""
+    there = out / "config.json"
+    if not config.resume:
+        ways = "--resume goes on with a run, another --out-dir starts a new one"
+        require(not out.is_dir() or not any(out.iterdir()), f"--out-dir {out} is not empty: {ways}")
+        return
+    require(there.is_file(), f"--resume: {out} holds no run; leave --resume out")
+    old = json.loads(there.read_bytes())
+    new = dataclasses.asdict(config) | {"resume": False, "out_dir": old["out_dir"]}  # it may move
+    changed = [flag(k) for k in new if k not in MAY_CHANGE.split() and new[k] != old.get(k)]
+    require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
 
 
 def check_disk(policy: Policy, out: Path) -> None:
@@ -2181,21 +2018,19 @@ def check_disk(policy: Policy, out: Path) -> None:
 
 
 def noise_advice(config: Config, figures: dict[str, float]) -> str:
-    """What the base's success with the noise and without it says of --sigma-scale, or nothing.
+    """What the noise costs the base, and whether that is too little or too much; or nothing.
 
-    Too little noise changes no outcome, so there is nothing to compare; with too much, too few
-    samples are right. See results/README.md, where the two limits were measured."""
+    The two limits were measured: see results/README.md."""
     names = [f"{config.task} {config.cot}_{kind} pass@1" for kind in ("greedy", "sample")]
     if config.cot == "hard" or not all(name in figures for name in names):
         return ""
     without, with_noise = (figures[name] for name in names)
-    advice = ""
+    text = f"noise {config.sigma_scale:g}: success {with_noise:.3f}, without it {without:.3f}"
     if with_noise > 0.85 * without:
-        advice = ": perhaps too little to explore; see mixed_groups, or raise --sigma-scale"
+        text += ": perhaps too little to explore; see mixed_groups, or raise --sigma-scale"
     if with_noise < 0.01:
-        advice = ": too much to find what is right; try a lower --sigma-scale"
-    noise = f"noise {config.sigma_scale:g}"
-    return f"{noise}: success {with_noise:.3f}, without it {without:.3f}{advice}"
+        text += ": too much to find what is right; try a lower --sigma-scale"
+    return text
 
 
 def run(config: Config) -> str:
@@ -2224,8 +2059,7 @@ def run(config: Config) -> str:
             signal.signal(number, note_signal)
     results = out / "eval.json"
     if config.eval_only:
-        stage = "trained" if trained_here(config, out) else "base"
-        evaluate_all(policy, config, tests, stage, results)
+        evaluate_all(policy, config, tests, "base", results)
         return f"Evaluated {config.model or 'the toy base'}: {results}"
     before = evaluate_all(policy, config, tests, "base", results)
     print(noise_advice(config, before))
@@ -2258,7 +2092,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         print(f"{who}: {error}", file=sys.stderr)
         return 2
     except Stopped:
-        again = [] if config.resume or config.eval_only else ["--resume"]
+        again = [] if config.resume else ["--resume"]
         start = ["torchrun", "--nproc-per-node", str(processes())] if several() else ["python"]
         print("Stopped. To go on:", shlex.join([*start, "softcot.py", *arguments, *again]))
     return 0
