@@ -1992,6 +1992,8 @@ def check_folder(config: Config, out: Path) -> None:
 
     Nothing that is there may get lost; but for MAY_CHANGE the settings must be the same."""
     there = out / "config.json"
+    inside = config.model and Path(config.model).resolve() in out.resolve().parents
+    require(not inside, f"--out-dir {out} is in the folder of --model: name another one")
     if not config.resume:
         ways = "--resume goes on with a run, another --out-dir starts a new one"
         require(not out.is_dir() or not any(out.iterdir()), f"--out-dir {out} is not empty: {ways}")

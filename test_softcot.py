@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -790,24 +791,6 @@ def test_the_stop_phrase_counts_however_it_is_split(name, extra):
         assert ended == (n == 3) and (n != 2 or r.cot.mask[n].all())
         filled = tokenizer.decode(r.prefill_ids[n][r.prefill_mask[n]])
         assert filled == (opening.lstrip() if r.stopped[n] and over else opening)
-
-
-def test_a_window_that_slides_is_left_alone():
-    """Rows of a model with a sliding window stay in the batch, and the window has its own keys."""
-    torch.manual_seed(0)
-    tokenizer = char_tokenizer()
-    config = transformers.Gemma2Config(
-        vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0, bos_token_id=None, head_dim=16,
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.2, sliding_window=8,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    policy, setting = Policy(model, tokenizer), SETTINGS["hard_sample"]
-    seeds = seeds_for(2)
-    r = sample(policy, setting, PROMPTS[:1], seeds, max_cot=30)
-    for n in range(2):
-        tokens, *_ = plain_rollout(policy, PROMPTS[0], seeds[n], setting, 30, 5)
-        assert r.cot.ids[n, : len(tokens)].tolist() == tokens
 
 
 def test_soft_inputs_have_the_type_of_the_embeddings_under_autocast():
@@ -1622,8 +1605,10 @@ def test_a_run_that_was_moved_can_be_resumed(tiny_folder, tmp_path):
 
 def test_evaluation_alone_runs_what_was_asked_for_and_touches_nothing_else(tiny_folder, tmp_path):
     arguments = f"--eval-only --model {tiny_folder} --out-dir {tmp_path} --eval-limit 5".split()
+    arguments += ["--eval-k", "3"]
     assert softcot.main([*arguments, "--eval-settings", "hard_greedy", "soft_greedy"]) == 0
-    assert softcot.main([*arguments, "--eval-settings", "fuzzy_sample", "--eval-k", "3"]) == 0
+    assert softcot.main([*arguments, "--eval-settings", "fuzzy_sample"]) == 2  # the folder is taken
+    assert softcot.main([*arguments, "--eval-settings", "fuzzy_sample", "--resume"]) == 0
     records = read_json(tmp_path / "eval.json")
     assert [r["setting"] for r in records] == ["hard_greedy", "soft_greedy", "fuzzy_sample"]
     assert [(r["n"], list(r["k"])) for r in records] == [(1, ["1"]), (1, ["1"]), (3, ["1", "2", "3"])]
@@ -2122,20 +2107,23 @@ def test_choices_are_evaluated_from_the_command_line(tiny_folder, tmp_path):
     assert record["problems"] == 4 and 0 <= record["accuracy"] <= 1 and record["nll"] > 0
 
 
-@pytest.mark.parametrize("task, function", [("toy-walk", "log_probs"), ("toy", "rollout")])
-def test_a_signal_ends_an_evaluation(task, function, tiny_folder, tmp_path, capsys, monkeypatch):
+def test_a_signal_ends_an_evaluation(tiny_folder, tmp_path, capsys, monkeypatch):
     calls = []
 
-    def noted(*arguments, real=getattr(softcot, function)):
+    def noted(*arguments, real=softcot.rollout):
         calls.append(softcot.note_signal(signal.SIGTERM, None))
         return real(*arguments)
 
-    monkeypatch.setattr(softcot, function, noted)
+    monkeypatch.setattr(softcot, "rollout", noted)
     monkeypatch.setattr(softcot, "SIGNALS", [])
-    assert tiny_run(tiny_folder, tmp_path / "out", "--eval-only", "--eval-tasks", task) == 0
-    assert "Stopped. To go on: python softcot.py" in capsys.readouterr().out
+    assert tiny_run(tiny_folder, tmp_path / "out", "--eval-only") == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.startswith("Stopped. To go on: python softcot.py") and command.endswith("--resume")
     assert len(calls) == 1  # and its batch, which is all of this setting, is not lost
-    assert (tmp_path / "out" / "eval.json").exists() == (task == "toy")
+    assert len(read_json(tmp_path / "out" / "eval.json")) == 1
+    monkeypatch.setattr(softcot, "SIGNALS", [])
+    assert softcot.main(shlex.split(command)[6:]) == 0
+    assert len(calls) == 2  # of the setting that is done, nothing is sampled again
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
@@ -2669,12 +2657,13 @@ def test_no_command_touches_a_finished_run_unless_it_resumes_it(tiny_folder, tmp
     again = ["--model", str(tiny_folder), "--out-dir", str(out), "--steps", "2"]
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     for arguments, says in [
-        (again, "--resume goes on with it, another --out-dir"),
-        ([*again, "--task", "gsm8k", "--data-dir", "nowhere"], "holds a run already"),
-        ([*again, "--prompts", "2", "--samples", "4", "--noise-at", "logits"], "holds a run already"),
-        ([*again[2:], "--model", str(out)], "in each other"),
+        (again, "--resume goes on with a run, another --out-dir"),
+        ([*again, "--task", "gsm8k", "--data-dir", "nowhere"], "is not empty"),
+        ([*again, "--prompts", "2", "--samples", "4", "--tau", "0.4"], "is not empty"),
+        ([*again[2:], "--model", str(out / "model")], "is not empty"),
         (["--model", str(out), "--out-dir", str(tmp_path / "b")], f"did you mean {out}/model"),
-        ([*again[2:], "--model", str(other), "--eval-only"], "of another model"),
+        ([*again[2:], "--model", str(other), "--eval-only"], "is not empty"),
+        ([*again[2:], "--model", str(other), "--eval-only", "--resume"], "another --model"),
     ]:
         line = one_line_error(capsys, arguments)
         assert says in line, line
@@ -2700,25 +2689,17 @@ def test_a_run_is_never_written_into_the_folder_of_its_model(where, more, tiny_f
     model = shutil.copytree(tiny_folder, tmp_path / "runs" / "model")
     before = contents(tmp_path)
     arguments = ["--model", str(model), "--out-dir", str(model / where), *more]
-    if where == ".." and more:  # a model may be evaluated in the folder of its run
-        few = ["--eval-limit", "1", "--eval-settings", "hard_greedy"]
-        assert softcot.main([*arguments, *few]) == 0
-        assert contents(model) == {path: before[path] for path in contents(model)}
-    else:
-        assert "in each other" in one_line_error(capsys, arguments)
-        assert contents(tmp_path) == before
+    says = "in the folder of --model" if where == "deeper" else "is not empty"
+    assert says in one_line_error(capsys, arguments)
+    assert contents(tmp_path) == before
 
 
-def test_records_name_their_model_and_the_run_of_a_model_may_hold_its_evaluation(tiny_folder, tmp_path):
+def test_records_name_their_model_and_its_weights(tiny_folder, tmp_path):
     assert tiny_run(tiny_folder, tmp_path, "--steps", "1", "--eval-settings", "hard_greedy") == 0
-    more = ("--eval-only", "--eval-settings", "soft_greedy")
-    assert tiny_run(tmp_path / "model", tmp_path, *more) == 0
-    assert tiny_run(tiny_folder, tmp_path, *more) == 0
-    found = [(row["stage"], row["setting"], row["model"]) for row in read_json(tmp_path / "eval.json")]
-    base, trained = str(tiny_folder), str(tmp_path / "model")
-    assert found == [("base", "hard_greedy", base), ("trained", "hard_greedy", base),
-                     ("trained", "soft_greedy", trained), ("base", "soft_greedy", base)]  # fmt: skip
-    assert read_json(tmp_path / "config.json")["eval_only"] is False
+    base, trained = read_json(tmp_path / "eval.json")
+    assert [base["stage"], trained["stage"]] == ["base", "trained"]
+    assert base["model"] == trained["model"] == str(tiny_folder)
+    assert base["weights"] != trained["weights"]
 
 
 @pytest.mark.parametrize(
@@ -2788,7 +2769,7 @@ def test_the_program_runs_in_a_thread_as_in_a_server(tiny_folder, tmp_path):
 
 
 def test_the_program_runs_without_the_modules_of_unix(tmp_path, tiny_folder):
-    """fcntl and resource are not there on Windows; /proc is not there on macOS."""
+    """fcntl and resource are not there on Windows."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     for name in ("fcntl", "resource"):
@@ -2803,7 +2784,6 @@ import psutil, transformers.modeling_layers  # which knows these modules where t
 sys.modules.update(fcntl=None, resource=None)
 os.environ["PYTHONPATH"] = {str(hidden)!r}  # for the grader
 import softcot
-softcot.PROCESS = "/nowhere"
 sys.exit(softcot.main(sys.argv[1:]))"""
     start = [sys.executable, "-c", program, *command[2:], "--max-cot", "6", "--max-answer", "4"]
     environment = os.environ | {"PYTHONPATH": str(HERE), "SOFTCOT_DEBUG": "1"}
@@ -2932,12 +2912,17 @@ def test_odd_answers_and_questions_of_a_file_are_read_as_they_are_meant(tiny_fol
     assert "right answers are longer than --max-answer 3" in capsys.readouterr().out
 
 
-def test_longrope_is_used_up_to_where_its_factors_switch(tiny_folder):
-    """Beyond it (Phi-3) the angles of all rows would depend on the longest row of the batch."""
+@pytest.mark.parametrize("limit", [
+    {"sliding_window": 20}, {"attention_chunk_size": 20},
+    {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 20}},
+])  # fmt: skip
+def test_the_context_ends_where_a_window_slides_or_longrope_changes(limit, tiny_folder):
+    """Gaps would use up a window, and beyond LongRoPE's switch all angles depend on the longest row."""
     config, _ = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
     policy = softcot.load_policy(config, str(tiny_folder))
     problems = softcot.load_problems(config, "toy", "test")[:3]
-    policy.model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 20}
+    for name, value in limit.items():
+        setattr(policy.model.config, name, value)
     with pytest.raises(softcot.UserError, match="context of 20 tokens"):
         softcot.fitting(policy, problems, config)
 
