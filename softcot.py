@@ -614,11 +614,7 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
 
     prompts, seeds: N of each; a prompt that comes several times is read once. answer_tau:
     temperature of the answer (1 in training, 0 in evaluation). keep: also what the loss needs.
-    Returns N rows, as long as the longest of them. Of several processes each samples some of
-    them."""
-    rows = len(seeds)
-    own = list(range(rank(), rows, processes())) or [0]
-    prompts, seeds = [prompts[n] for n in own], seeds[own]
+    Returns N rows, as long as the longest of them."""
     different = list(dict.fromkeys(prompts))  # B texts
     ids, mask = policy.tokenize(different)  # [B, P]
     prompt_of = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
@@ -649,9 +645,8 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         engine.begin(hard, max_answer, hidden, position=max_cot)
         answer, _ = generate(engine, N, max_answer, lambda text: boxed(text) is not None)
     answers = [policy.decode(row[real]) for row, real in zip(answer.ids, answer.mask)]
-    r = Rollout(setting, sigma, prompt_ids, prompt_mask, prefill_ids, prefill_mask,
-                cot, answer, stopped, cots, answers)
-    return merged(r, rows)
+    return Rollout(setting, sigma, prompt_ids, prompt_mask, prefill_ids, prefill_mask,
+                   cot, answer, stopped, cots, answers)
 
 
 def progress(what: str, items, unit: str) -> tqdm:
@@ -776,17 +771,15 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
 
 
 def micro_batches(r: Rollout, advantages: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Row numbers [M] and their advantages [M] in parts of at most so many tokens a process.
+    """Row numbers [M] and their advantages [M] in parts of at most so many tokens.
 
-    Rows with A_n = 0 add nothing to the gradient and are left out. Of several processes each has
-    its share of every part, or that part's first row with A = 0 where there are too few; as FSDP2
-    takes the mean of their gradients, advantages are multiplied by their number."""
-    first, every = rank(), processes()
+    Rows with A_n = 0 add nothing to the gradient and are left out. FSDP2 wants as many parts of
+    each process, so one that has fewer adds its first row with A = 0."""
     longest = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
-    parts = advantages.nonzero().flatten().split(max(1, tokens // longest) * every)
-    shares = [(index[first::every], index) for index in parts if len(index)]
-    return [(own, advantages[own] * every) if len(own) else (index[:1], 0 * advantages[:1])
-            for own, index in shares]  # fmt: skip
+    indices = advantages.nonzero().flatten().split(max(1, tokens // longest))
+    parts = [(index, advantages[index]) for index in indices if len(index)]
+    nothing = torch.tensor([0], device=advantages.device), 0 * advantages[:1]
+    return parts + [nothing] * (max(gather(len(parts))) - len(parts))
 
 
 def affordable_tokens(policy: Policy) -> int:
@@ -819,12 +812,13 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     returned, of the real positions of rows with A != 0, one after another: the distance of each
     hard token's log-probability from the rollout's, in nats, and of each soft mean, in sigma."""
     loss, gaps, moves = 0.0, [], []
+    # with one process gather(x) is [x], and called_by(policy, f, x) is f(policy, x)
+    N = sum(gather(len(advantages))) / processes()  # FSDP2 takes the mean of the gradients
     parts = micro_batches(r, advantages, micro_batch or affordable_tokens(policy))
     for index, advantage in progress("gradient", parts, "part"):
         part = rows_of(r, index)
-        # with one process called_by(policy, f, x) is f(policy, x), and gather(x) is [x]
         cot, answer, moved = called_by(policy, log_probs, part)  # [M, T], [M, A], [M, T]
-        part_loss = -(advantage * (cot.sum(1) + answer.sum(1))).sum() / len(advantages)
+        part_loss = -(advantage * (cot.sum(1) + answer.sum(1))).sum() / N
         part_loss.backward()
         loss += part_loss.item()
         gaps.append((answer.detach() - part.answer.logp)[part.answer.mask])
@@ -860,16 +854,21 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, set
              keep: bool = True) -> tuple[Rollout, np.ndarray]:
     """A rollout of G samples of each of B problems, and its rewards [B, G]; see rollout().
 
-    Each sample's noise depends on (labels, problem, sample) alone; a problem may come twice."""
+    Each sample's noise depends on (labels, problem, sample) alone; a problem may come twice. Of
+    several processes each has its rows of the rollout, every so many, and all rewards."""
     before = [problems[:b].count(problem) for b, problem in enumerate(problems)]
     samples = [(p, n * G + g) for p, n in zip(problems, before) for g in range(G)]
-    seeds = row_seeds([(*labels, problem.id, g) for problem, g in samples])
+    own = samples[rank() :: processes()] or samples[:1]
+    seeds = row_seeds([(*labels, problem.id, g) for problem, g in own])
     advice = "out of GPU memory in sampling: lower --samples, --prompts or the longest CoT"
     with explained(torch.OutOfMemoryError, advice):
-        prompts = [problem.prompt for problem, _ in samples]
+        prompts = [problem.prompt for problem, _ in own]
         r = rollout(policy, prompts, seeds, setting, max_cot, max_answer, answer_tau, keep)
-    values = [reward(a, problem.gold, problem.equal) for a, (problem, _) in zip(r.answers, samples)]
-    values = gather(values)[0]  # of several processes: a grader may run out of time in one of them
+    values = [reward(a, problem.gold, problem.equal) for a, (problem, _) in zip(r.answers, own)]
+    every = gather(values)
+    values = [every[n % len(every)][n // len(every)] for n in range(len(samples))]
+    if rank() >= len(samples):  # its one row was another's
+        r = rows_of(r, torch.arange(0))
     return r, np.array(values).reshape(len(problems), G)
 
 
@@ -947,13 +946,15 @@ def disagreement(gaps: Tensor, moves: Tensor) -> dict:
 
 
 def sampled(r: Rollout, rewards: np.ndarray) -> dict:
-    """What metrics.jsonl says of a rollout and its rewards [B, G]."""
+    """What metrics.jsonl says of the rollouts of all processes and their rewards [B, G]."""
+    tokens, answer_tokens = (phase.mask.sum().item() for phase in (r.cot, r.answer))
+    own = np.array([tokens, answer_tokens, sum(r.stopped), r.cot.entropy.sum().item()])
+    tokens, answer_tokens, stopped, nats = sum(gather(own)).tolist()
     return {
         "reward": rewards.mean().item(), "success": (rewards == 100).mean().item(),
         "mixed_groups": (rewards != rewards[:, :1]).any(axis=1).mean().item(),
-        "cot_len": r.cot.mask.sum(1).float().mean().item(),
-        "stop_rate": float(np.mean(r.stopped)),
-        "cot_entropy": (r.cot.entropy.sum() / r.cot.mask.sum()).item(),
+        "cot_len": tokens / rewards.size, "stop_rate": stopped / rewards.size,
+        "cot_entropy": nats / tokens, "tokens": tokens + answer_tokens,
     }  # fmt: skip
 
 
@@ -989,10 +990,10 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     if r.cot.x is not None:  # before the weights change
         r.shadows = tuple(called_by(policy, shadow, r, n) for n in range(look))
 
-    advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [N]
+    advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [B*G]
+    advantages = advantages[rank() :: processes()].to(policy.model.device)  # [N]
     advice = "out of GPU memory in the backward pass: lower --micro-batch, or add --dtype bf16"
     with explained(torch.OutOfMemoryError, advice):
-        advantages = advantages.to(policy.model.device)
         loss, gaps, moves = policy_gradient(policy, r, advantages, config.micro_batch)
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
     lr = schedule.get_last_lr()[0]
@@ -1006,11 +1007,12 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     schedule.step()
     optimizer.zero_grad()
     train_gib, trained = peak_gib(policy.model.device), time.perf_counter()
+    figures = sampled(r, rewards)
     metrics = {
-        "step": step + 1, **sampled(r, rewards), "loss": loss, **disagreement(gaps, moves),
+        "step": step + 1, **figures, "loss": loss, **disagreement(gaps, moves),
         "grad_norm": norm, "lr": lr, "skipped": skipped, "grader_timeouts": GRADER.timeouts,
         "rollout_s": rolled - start, "train_s": trained - rolled,
-        "tokens_per_s": (r.cot.mask.sum() + r.answer.mask.sum()).item() / (rolled - start),
+        "tokens_per_s": figures["tokens"] / (rolled - start),
         "rollout_gib": rollout_gib, "train_gib": train_gib,
     }  # fmt: skip
     return metrics, r, rewards
@@ -1055,17 +1057,18 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         batch = prompts_of_step(problems, step, config.prompts, config.seed)
         last = step + 1 == config.steps
         now = (step + 1) % every == 0 or last
-        look = min(3, config.prompts * config.samples) if now or step == 0 else 0
+        rows = config.prompts * config.samples // processes()
+        look = min(3, rows) if now or step == 0 else 0
         how = (config, optimizer, schedule, look)
         metrics, r, rewards = train_step(policy, batch, step, *how)
         append_jsonl(out / "metrics.jsonl", metrics)
         history.append(metrics)
         for n in range(look):
-            problem = batch[n // config.samples]
+            problem = batch[n * processes() // config.samples]
             row = {"step": step + 1, "prompt": problem.prompt, "cot": r.cots[n]}
             row |= {"stopped": r.stopped[n], "answer": r.answers[n], "gold": problem.gold}
             row |= {"shadow": r.shadows[n]} if r.shadows else {}
-            append_jsonl(out / "samples.jsonl", row | {"reward": rewards.flat[n]})
+            append_jsonl(out / "samples.jsonl", row | {"reward": rewards.flat[n * processes()]})
         if now:
             bar.set_postfix_str("validation")
             best = checkpoint(policy, config, out, held_out, step + 1, best)
@@ -1149,6 +1152,7 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
         T = r.cot.ids.shape[1]
         reached[:T] += r.cot.mask.sum(0).cpu().numpy()
         nats[:T] += r.cot.entropy.double().sum(0).cpu().numpy()
+    stopped, reached, nats = (sum(x) for x in zip(*gather((stopped, reached, nats))))
     longest = np.count_nonzero(reached)
     reached, nats = reached[:longest], nats[:longest]
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
@@ -1788,23 +1792,6 @@ def whole_weights(policy: Policy):
         module.set_reshard_after_forward(True, recurse=False)
     if shards:
         forget_engine(policy)  # it knows the weights by their place, and FSDP2 moves them
-
-
-def merged(x, N: int):
-    """Of a field of this process's rows, a Phase or a Rollout, the same of all N rows.
-
-    Row n is of process n modulo their number; shorter ones are padded at their end."""
-    if not several():
-        return x
-    if isinstance(x, (Phase, Rollout)):
-        return type(x)(**{name: merged(value, N) for name, value in vars(x).items()})
-    if not isinstance(x, (list, Tensor)):
-        return x
-    every = gather(x.cpu() if isinstance(x, Tensor) else x)
-    rows = [every[n % len(every)][n // len(every)] for n in range(N)]
-    if isinstance(x, list):
-        return rows
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(x.device)
 
 
 # ---- 13. Mistakes and signals -------------------------------------------------------------------

@@ -1457,13 +1457,29 @@ def test_a_problem_that_comes_twice_in_a_step_has_other_noise_the_second_time():
         assert not torch.equal(twice.cot.x[n], twice.cot.x[m])
 
 
-def test_processes_agree_on_rewards_even_if_a_grader_ran_out_of_time(monkeypatch):
-    """What rank 0 gives is what counts in this process, which found something else."""
-    policy, problem = tiny_policy("llama"), Problem(0, PROMPTS[0], "1", lambda *_: False)
-    monkeypatch.setattr(softcot, "gather", lambda own: [[100.0, 10.0], own])
+def test_each_process_samples_its_rows_and_all_know_all_rewards(monkeypatch):
+    policy, calls = tiny_policy("llama"), []
+    problems = [Problem(b, PROMPTS[b], "1", lambda *_: False) for b in range(2)]
+    monkeypatch.setattr(softcot, "reward", lambda *_: calls.append(0) or 10.0 * len(calls))
     how = (SETTINGS["hard_sample"], 3, 2, 1.0)
-    _, rewards = softcot.rewarded(policy, [problem], 2, (0,), *how)
-    assert rewards.tolist() == [[100.0, 10.0]]
+    whole, _ = softcot.rewarded(policy, problems, 3, (0,), *how)
+    calls.clear()
+    monkeypatch.setattr(softcot, "rank", lambda: 1)
+    monkeypatch.setattr(softcot, "processes", lambda: 2)
+    monkeypatch.setattr(softcot, "gather", lambda own: [[1.0, 2.0, 3.0], own])
+    r, rewards = softcot.rewarded(policy, problems, 3, (0,), *how)
+    assert rewards.tolist() == [[1.0, 10.0, 2.0], [20.0, 3.0, 30.0]]
+    assert r.cots == whole.cots[1::2] and r.answers == whole.answers[1::2]
+
+
+def test_a_process_without_a_row_has_none(monkeypatch):
+    policy, problem = tiny_policy("llama"), Problem(0, PROMPTS[0], "1", lambda *_: False)
+    monkeypatch.setattr(softcot, "rank", lambda: 1)
+    monkeypatch.setattr(softcot, "processes", lambda: 2)
+    monkeypatch.setattr(softcot, "gather", lambda own: [[100.0], own])
+    how = (SETTINGS["soft_sample"], 3, 2, 1.0)
+    r, rewards = softcot.rewarded(policy, [problem], 1, (0,), *how)
+    assert rewards.tolist() == [[100.0]] and r.cots == [] and r.cot.mask.sum() == 0
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -3041,7 +3057,7 @@ def test_several_processes_do_what_one_does_also_after_a_signal_and_with_another
 ):
     """One run by one process; the same by two, stopped by SIGTERM, and gone on with by three."""
     one, many = tmp_path / "one", tmp_path / "many"
-    more = ["--steps", "40", "--micro-batch", "60", "--eval-tasks", "toy", "toy-large", "toy-walk"]
+    more = ["--steps", "40", "--micro-batch", "60", "--eval-tasks", "toy", "toy-large"]
     more += ["--cot", "hard", "--lr", "1e-4"]
     subprocess.run(command_of(tied_folder, one, *more), check=True, capture_output=True)
     two = torchrun(2, command_of(tied_folder, many, *more))
@@ -3062,9 +3078,9 @@ def test_several_processes_do_what_one_does_also_after_a_signal_and_with_another
     assert_nearly_the_same_run(one, many, tied_folder)
 
 
-def test_several_processes_train_soft_tokens_and_run_layers_again(tied_folder, tmp_path):
+def test_several_processes_train_soft_tokens(tied_folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    more = ("--steps", "1", "--gradient-checkpointing", "--micro-batch", "60")
+    more = ("--steps", "1", "--micro-batch", "60")
     subprocess.run(command_of(tied_folder, one, *more), check=True, capture_output=True)
     process = torchrun(2, command_of(tied_folder, two, *more))
     output, _ = process.communicate()
@@ -3076,7 +3092,7 @@ def test_several_processes_train_soft_tokens_and_run_layers_again(tied_folder, t
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.005) and a["mixed_groups"] > 0
     shadows = [[row["shadow"] for row in read_lines(f / "samples.jsonl")] for f in (one, two)]
     firsts = [[[w if isinstance(w, str) else w[0] for w in row] for row in x] for x in shadows]
-    assert len(firsts[0]) == 3 and firsts[0] == firsts[1]
+    assert firsts[0][::2] == firsts[1][:2]  # each shows its own first rows: 0, 1, 2 and 0, 2, 4
 
 
 def test_several_processes_train_bf16_weights(tied_folder, tmp_path):
