@@ -45,7 +45,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import softcot
 import toy_tasks
 from notebooks import checks
-from results import answers, bench, gpu, real_model, rounding, snr, walk, window
+from results import answers, bench, choices, gpu, real_model, rounding, snr, walk, window
 from softcot import SETTINGS, Policy, Problem, Setting
 
 HERE = Path(__file__).parent
@@ -518,7 +518,7 @@ def test_no_row_of_an_attention_mask_is_empty(monkeypatch):
     policy.recomputes = False
     loss_masks = len(seen)
     row = {"ctx": "He sat", "endings": ["down", "on a chair", "up and ran away"], "label": "1"}
-    softcot.evaluate_choices(policy, "hellaswag", [row])
+    choices.evaluate_choices(policy, "hellaswag", [row])
     assert 0 < rollout_masks < loss_masks < len(seen)
     for mask in seen:
         assert mask.dtype == torch.bool and mask.any(dim=-1).all()
@@ -1705,7 +1705,7 @@ def test_likelihood_of_choices_equals_a_plain_loop(kind):
             losses.append(nn.functional.cross_entropy(logits[len(first) - 1 : -1], target).item())
         right.append(losses[int(row["label"])] == min(losses))
         nll.append(losses[int(row["label"])])
-    scores = softcot.evaluate_choices(policy, "hellaswag", rows)
+    scores = choices.evaluate_choices(policy, "hellaswag", rows)
     assert scores["nll"] == pytest.approx(np.mean(nll), rel=1e-4)
     assert scores["accuracy"] == np.mean(right) and scores["problems"] == 2
     assert scores["error"]["nll"] == pytest.approx(np.std(nll, ddof=1) / 2**0.5, rel=1e-3)
@@ -1713,9 +1713,9 @@ def test_likelihood_of_choices_equals_a_plain_loop(kind):
 
 def test_choices_are_read_from_the_rows_of_every_data_set():
     arc = {"question": "Q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
-    assert softcot.CHOICES["arc"][2](arc) == ("Question: Q\nAnswer:", [" a", " b"], 1)
+    assert choices.CHOICES["arc"][2](arc) == ("Question: Q\nAnswer:", [" a", " b"], 1)
     mmlu = {"question": "Q", "choices": ["a", "b", "c", "d"], "answer": 3}
-    assert softcot.CHOICES["mmlu"][2](mmlu)[1:] == ([" a", " b", " c", " d"], 3)
+    assert choices.CHOICES["mmlu"][2](mmlu)[1:] == ([" a", " b", " c", " d"], 3)
 
 
 def test_help_explains_every_flag(capsys):
@@ -2112,15 +2112,68 @@ def test_the_product_for_few_rows_equals_the_plain_one():
         assert linear.weight.grad is not None
 
 
-def test_choices_are_evaluated_from_the_command_line(tiny_folder, tmp_path):
-    data = tmp_path / "hellaswag"
-    data.mkdir()
-    rows = [{"ctx": f"{i}+1=", "endings": ["2", "3", "1+1"], "label": "1"} for i in range(4)]
-    (data / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = f"--eval-only --model {tiny_folder} --data-dir {tmp_path} --eval-tasks hellaswag"
-    assert softcot.main([*arguments.split(), "--out-dir", str(tmp_path / "out")]) == 0
-    (record,) = read_json(tmp_path / "out" / "eval.json")
-    assert record["problems"] == 4 and 0 <= record["accuracy"] <= 1 and record["nll"] > 0
+def choice_rows(folder, count):
+    """Questions in the form of HellaSwag, in folder/hellaswag."""
+    rows = [{"ctx": f"{i}+1=", "endings": ["2", "3", "1+1"], "label": "1"} for i in range(count)]
+    (folder / "hellaswag").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "hellaswag" / "validation.jsonl").write_text(lines)
+    return rows
+
+
+def test_choices_are_evaluated_from_the_command_line(tiny_folder, tmp_path, capsys):
+    rows, out = choice_rows(tmp_path, 5), tmp_path / "run"
+    few = ("--steps", "2", "--lr", "0.1", "--eval-settings", "hard_greedy")
+    assert tiny_run(tiny_folder, out, *few) == 0
+    before = read_json(out / "eval.json")
+    command = [str(out), "hellaswag", "--data-dir", str(tmp_path), "--limit"]
+    assert choices.main([*command, "5"]) == 0
+    capsys.readouterr()
+    assert choices.main([*command, "4"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    *others, base, trained = read_json(out / "eval.json")
+    assert others == before  # and none is there twice
+    config, _ = softcot.filled(softcot.Config(model=str(tiny_folder)))
+    for record, stage, folder in ((base, "base", tiny_folder), (trained, "trained", out / "model")):
+        policy = softcot.load_policy(config, str(folder))
+        scores = choices.evaluate_choices(policy, "hellaswag", rows[:4])
+        key = {"stage": stage, "task": "hellaswag", "setting": "teacher_forced"}
+        assert record == {**key, "model": str(tiny_folder), **scores} and scores["problems"] == 4
+        line = [line for line in printed if line.startswith(stage)][0]
+        assert f"{scores['accuracy']:.3f}" in line and f"{scores['nll']:.3f}" in line
+    assert base["nll"] != trained["nll"] and len(printed) == 2
+    assert choices.main([str(out), "toy-walk", "--limit", "2"]) == 0
+    tasks = [(row["stage"], row["task"]) for row in read_json(out / "eval.json")[-4:]]
+    assert tasks == [(s, task) for task in ("hellaswag", "toy-walk") for s in ("base", "trained")]
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("RUN chess", "chess"),
+        ("RUN hellaswag --data-dir no", "no/hellaswag/validation.jsonl"),
+        ("RUN hellaswag", "row 2 can't be read"),
+        ("RUN mmlu", "mmlu/test.jsonl"),
+        ("RUN toy-walk --limit 0", "--limit 0"),
+        ("RUN toy-walk --device cuda:9", "--device cuda:9"),
+        ("RUN toy-walk --colour red", "--colour"),
+        ("RUN", "task"),
+        ("no toy-walk", "no holds no run"),
+        ("RUN/model toy-walk", "no trained model"),
+    ],
+)
+def test_a_mistake_of_who_asks_for_choices_is_one_line(words, says, tiny_folder, tmp_path, capsys):
+    choice_rows(tmp_path, 1)
+    with open(tmp_path / "hellaswag" / "validation.jsonl", "a") as file:
+        file.write('{"ctx": "He", "endings": ["sat", "ran"], "label": ""}\n')  # as HellaSwag's test
+    run = tmp_path / "run"
+    shutil.copytree(tiny_folder, run / "model")
+    config = {"model": str(tiny_folder), "data_dir": str(tmp_path), "dtype": "fp32", "device": "cpu"}
+    (run / "config.json").write_text(json.dumps(config))
+    assert choices.main(words.replace("RUN", str(run)).split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("choices.py: error: ") and says in lines[0], lines
+    assert not (run / "eval.json").exists()
 
 
 def test_a_signal_ends_an_evaluation(tiny_folder, tmp_path, capsys, monkeypatch):
@@ -2690,7 +2743,7 @@ def test_no_command_touches_a_finished_run_unless_it_resumes_it(tiny_folder, tmp
 
 
 @pytest.mark.parametrize(
-    "flags", ["--max-cot 3000", "--task gsm8k --data-dir nowhere", "--eval-tasks toy hellaswag --data-dir no"]
+    "flags", ["--max-cot 3000", "--task gsm8k --data-dir nowhere", "--eval-tasks toy math500 --data-dir no"]
 )
 def test_what_is_refused_leaves_no_folder(flags, tiny_folder, tmp_path, capsys):
     """All data and lengths are looked at before a file is written."""
@@ -3026,11 +3079,8 @@ def assert_nearly_the_same_run(ours, theirs, base):
         assert max(a["logp_gap"], b["logp_gap"]) < 1e-3
     assert any(row["mixed_groups"] for row in read_lines(ours / "metrics.jsonl"))
     for a, b in zip(read_json(ours / "eval.json"), read_json(theirs / "eval.json"), strict=True):
-        if "nll" in a:  # a multiple choice
-            assert a["nll"] == pytest.approx(b["nll"], rel=1e-3)
-        else:
-            assert a["correct"] == b["correct"]
-            assert a["cot_entropy"] == pytest.approx(b["cot_entropy"], 1e-3)
+        assert a["correct"] == b["correct"]
+        assert a["cot_entropy"] == pytest.approx(b["cot_entropy"], 1e-3)
     before = transformers.AutoModelForCausalLM.from_pretrained(base).state_dict()
     states = [torch.load(f / "state.pt", weights_only=True) for f in (ours, theirs)]
     assert all(states[0][key] == states[1][key] for key in ("step", "best", "schedule"))

@@ -16,8 +16,8 @@ It was pretrained on three more kinds of text, which reinforcement learning neve
                 end). It was pretrained to stop after such totals in 75 % of cases, after others
                 in 10 %: is a skill kept that the lesson, always to go on, contradicts?
     toy-walk    random walks, `9 10 9 8 =7 8 9 8`, each number one more or one less with equal
-                chance: is a skill kept that has nothing to do with sums? (Nobody can do better
-                than ln 2 = 0.693 nats a number.)
+                chance: is a skill kept that has nothing to do with sums? results/choices.py
+                asks. (Nobody can do better than ln 2 = 0.693 nats a number.)
 
 The model is a one-layer Llama with a real `transformers` tokenizer, so that it runs through the
 same code as a model of 8B.

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import softcot
 import toy_tasks
+from results import choices
 from softcot import SETTINGS, Config, Policy
 
 RUNS = {  # mode, noise factor (None: --noise), which score is trained
@@ -145,8 +146,8 @@ def evaluation(policy: Policy, base: Policy, config: Config, given) -> dict:
         scores[name]["correct"] = found["correct"]
     choice = "toy-walk" if config.task == "toy" else "hellaswag"
     if given.choices:
-        rows = softcot.read_rows(config, choice, softcot.CHOICES[choice][1])[: given.choices]
-        scores[choice] = softcot.evaluate_choices(policy, choice, rows)
+        rows = choices.read_rows(choice, config.data_dir, given.choices)
+        scores[choice] = choices.evaluate_choices(policy, choice, rows)
     scores["kl"] = distance(base, policy, solutions(config))
     return scores
 

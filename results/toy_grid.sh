@@ -11,7 +11,7 @@ python results/more_words.py runs/grid-words
 jobs() {
     for seed in 0 1 2 3 4; do
         for cot in soft hard fuzzy; do
-            echo "$cot-s$seed --cot $cot --seed $seed --eval-tasks toy toy-large toy-round toy-walk"
+            echo "$cot-s$seed --cot $cot --seed $seed --eval-tasks toy toy-large toy-round"
         done
     done
     for seed in 0 1 2; do
@@ -35,5 +35,8 @@ jobs() {
 jobs | xargs -P 2 -L 1 bash -c \
     'python softcot.py --threads 1 --out-dir "runs/grid/$0" "$@" > "runs/grid/$0.log" 2>&1'
 
+for run in runs/grid/{soft,hard,fuzzy}-s[0-4]; do
+    python results/choices.py "$run" toy-walk
+done
 python results/pack.py runs/grid/*/ > results/toy.jsonl
 python results/claims.py > results/claims.md
