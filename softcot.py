@@ -398,8 +398,7 @@ class Engine:
     def __init__(self, policy: Policy, rows: int, columns: int, steps: int):
         """Room for rows N and columns L, and for phases of up to T steps."""
         zeros = partial(torch.zeros, device=policy.model.device)
-        self.policy, self.room = policy, (rows, columns, steps)
-        self.N, self.L, self.T = self.room
+        self.policy, self.N, self.L, self.T = policy, rows, columns, steps
         self.batch, self.width = rows, columns  # rows and columns in use
         self.filled = 0  # columns filled or reserved, as the host counts them
         self.real = zeros(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
@@ -536,11 +535,11 @@ def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
     """The policy's engine, emptied; a larger one where that has too little room."""
     old, block = policy.engine, BLOCK[policy.model.device.type]
     room = (rows, -(-columns // block) * block, steps)
-    if old is None or any(more > has for more, has in zip(room, old.room)):
-        room = room if old is None else map(max, room, old.room)
+    has = (0, 0, 0) if old is None else (old.N, old.L, old.T)
+    if any(more > some for more, some in zip(room, has)):
         del old
         forget_engine(policy)  # before the new one takes its memory
-        policy.engine = Engine(policy, *room)
+        policy.engine = Engine(policy, *map(max, room, has))
     policy.engine.restart()
     return policy.engine
 
@@ -991,9 +990,10 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
         r.shadows = tuple(called_by(policy, shadow, r, n) for n in range(look))
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [B*G]
-    advantages = advantages[rank() :: processes()].to(policy.model.device)  # [N]
+    advantages = advantages[rank() :: processes()]  # [N] of the rows of this process
     advice = "out of GPU memory in the backward pass: lower --micro-batch, or add --dtype bf16"
     with explained(torch.OutOfMemoryError, advice):
+        advantages = advantages.to(policy.model.device)
         loss, gaps, moves = policy_gradient(policy, r, advantages, config.micro_batch)
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
     lr = schedule.get_last_lr()[0]
