@@ -62,9 +62,7 @@ def bench_modes(policy: Policy, config: Config, problems: list[softcot.Problem])
 
 
 def bench_generate(policy: Policy, config: Config, problems: list[softcot.Problem]) -> None:
-    """The row of generate(), with the layers as transformers makes them."""
-    for module in policy.model.modules():
-        module.__dict__.pop("forward", None)
+    """The row of generate()."""
     new = config.max_cot + config.max_answer
     policy.tokenizer.padding_side = "left"
     prompts = [problem.prompt for problem in problems for _ in range(config.samples)]
