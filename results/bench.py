@@ -53,7 +53,7 @@ def bench_modes(policy: Policy, config: Config, problems: list[softcot.Problem])
     print(" " * 10, *(f"{name:>12}" for name in COLUMNS), flush=True)
     for cot in ("hard", "soft", "fuzzy"):
         mode = SETTINGS[f"{cot}_sample"]
-        new = dict(cot=cot, tau=mode.tau, sigma_scale=mode.noise or None, noise_at="embedding")
+        new = dict(cot=cot, tau=mode.tau, sigma_scale=mode.noise or None)
         how = (dataclasses.replace(config, **new), optimizer, schedule)
         with nothing_ends(policy), replaced("reward", lambda *_: next(coin)):
             seen = [softcot.train_step(policy, problems, step, *how)[0] for step in range(4)]
@@ -62,9 +62,7 @@ def bench_modes(policy: Policy, config: Config, problems: list[softcot.Problem])
 
 
 def bench_generate(policy: Policy, config: Config, problems: list[softcot.Problem]) -> None:
-    """The row of generate(), with the layers as transformers makes them."""
-    for module in policy.model.modules():
-        module.__dict__.pop("forward", None)
+    """The row of generate()."""
     new = config.max_cot + config.max_answer
     policy.tokenizer.padding_side = "left"
     prompts = [problem.prompt for problem in problems for _ in range(config.samples)]

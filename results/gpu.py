@@ -132,7 +132,7 @@ def plain_loop(policy: Policy, r, n: int, setting, seed) -> torch.Tensor:
         hidden = policy.model.base_model(inputs_embeds=x, use_cache=False).last_hidden_state[:, -1]
         u, eps = softcot.draw(seed, torch.tensor([t], device=seed.device), E.shape[1])
         noise = eps if r.sigma else None
-        new = softcot.next_input(policy, hidden, setting, E, r.sigma, noise, u)
+        new = softcot.next_input(policy.head(hidden), setting, E, r.sigma, noise, u)
         x = torch.cat([x, new.x[:, None]], dim=1)
         ids.append(new.ids)
     return torch.cat(ids)

@@ -62,14 +62,14 @@ def arithmetic(policy: softcot.Policy, name: str):
     policy.engine = None
 
 
-def recomputed(policy, setting, sigma, hidden, ids, eps, noisy, top):
+def recomputed(policy, setting, sigma, hidden, ids, eps, x):
     """softcot.positions_logp() with the distance of x as it was fed from the mean found here."""
     logits = policy.head(hidden)
     if setting.cot == "hard":
         return softcot.categorical_logp(ids, logits, setting.tau), torch.zeros(len(ids))
-    mean, _ = softcot.before_noise(hidden, logits, setting, policy.embeddings(), top)
-    moved = (noisy - sigma * eps - mean.detach()).norm(dim=-1) / sigma
-    return softcot.gaussian_logp(noisy, mean, sigma), moved
+    mean = softcot.mixture(logits, setting.tau, policy.embeddings())
+    moved = (x - sigma * eps - mean.detach()).norm(dim=-1) / sigma
+    return softcot.gaussian_logp(x, mean, sigma), moved
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Run the toy grid, two runs at a time, and keep its outcome in results/toy.jsonl: hard, fuzzy and soft
 # training with seeds 0 to 4 in six settings, soft training with other noise and seeds 0 to 2, and the
-# same with noise in all places on a toy that has more words (results/more_words.py).
+# same with noise in all places on a toy that has more words (results/more_words.py). What has --noise-at
+# is run by a copy of softcot.py that knows it (results/noise_elsewhere.diff).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mkdir -p runs/grid
+mkdir -p runs/grid runs/grid-elsewhere
+cp softcot.py toy_tasks.py runs/grid-elsewhere
+patch -d runs/grid-elsewhere -p1 < results/noise_elsewhere.diff
 python softcot.py --eval-only --eval-settings hard_greedy --out-dir runs/grid-base  # pretrains once
 python results/more_words.py runs/grid-words
 
@@ -32,8 +35,10 @@ jobs() {
         done
     done
 }
-jobs | xargs -P 2 -L 1 bash -c \
-    'python softcot.py --threads 1 --out-dir "runs/grid/$0" "$@" > "runs/grid/$0.log" 2>&1'
+jobs | xargs -P 2 -L 1 bash -c '
+    file=softcot.py
+    [[ "$*" == *--noise-at* ]] && file=runs/grid-elsewhere/softcot.py
+    python $file --threads 1 --out-dir "runs/grid/$0" "$@" > "runs/grid/$0.log" 2>&1'
 
 for run in runs/grid/{soft,hard,fuzzy}-s[0-4]; do
     python results/choices.py "$run" toy-walk
