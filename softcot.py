@@ -1532,7 +1532,7 @@ def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Pro
     golds = policy.tokenizer([p.gold + "}" for p in fits], add_special_tokens=False).input_ids
     long = sum(len(gold) > config.max_answer for gold in golds)
     if long:
-        print(f"{long} of {len(fits)} right answers are longer than --max-answer")
+        print(f"{long} right answers are longer than --max-answer {config.max_answer}")
     return fits
 
 
