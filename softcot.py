@@ -1222,12 +1222,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """Where questions come from, what the gold answer is, how answers compare, and the defaults."""
+    """Where questions come from, how answers compare, and the defaults."""
 
     hub: tuple[str, ...]  # data set and its configurations on the Hugging Face hub
     train: Optional[str]  # the hub's name of the split to train on; None: only for evaluation
     test: Optional[str]  # the same for testing; None: problems are held out of train
-    gold: Callable[[dict], str]
     defaults: dict  # of Config's fields
     equal: Callable[[str, str], bool]
     prompt: str = PROMPT
@@ -1394,29 +1393,20 @@ def reward(answer: str, gold: str, equal: Callable[[str, str], bool]) -> float:
     return 0.0 if inside is None else 100.0 if equal(inside, gold) else 10.0
 
 
-def plain_gold(row: dict) -> str:
-    """The gold answer in the field `answer`; in GSM8K it follows a worked solution and `####`.
+def gold_answer(row: dict) -> str:
+    """The right answer of a row: its field `answer`, in GSM8K what follows a solution and `####`.
 
-    None and NaN are no answer; of a list all are asked for."""
-    answer = row["answer"]
+    OlympiadBench has a list, `$69$,$84$` -> `69, 84`, and maybe an error: `4.2 within 1e-1`; MATH
+    only the last box of a `solution`. None and NaN are no answer; of a list all are asked for."""
+    if "answer" not in row and "final_answer" not in row:
+        _, found, after = row["solution"].rpartition(BOX)
+        return (boxed(after) or "").strip() if found else ""
+    answer = row.get("final_answer", row.get("answer"))
     if isinstance(answer, list):
-        answer = ", ".join(map(str, answer))
+        answers = ",".join(map(str, answer)).replace("$", "")
+        tolerance = f" within {row['error']}" if row.get("error") else ""
+        return re.sub(" *, *", ", ", answers).strip() + tolerance
     return "" if answer is None or answer != answer else str(answer).split("####")[-1].strip()
-
-
-def math_gold(row: dict) -> str:
-    """The gold answer of MATH: the field `answer`, or the last box of the field `solution`."""
-    if "answer" in row:
-        return plain_gold(row)
-    _, found, after = row["solution"].rpartition(BOX)
-    return (boxed(after) or "").strip() if found else ""
-
-
-def olympiad_gold(row: dict) -> str:
-    """OlympiadBench's gold answer: `$69$,$84$` -> `69, 84`; one has an error: `4.2 within 1e-1`."""
-    answers = row["final_answer"] if "final_answer" in row else row["answer"]
-    tolerance = f" within {row['error']}" if row.get("error") else ""
-    return re.sub(" *, *", ", ", ",".join(answers).replace("$", "")).strip() + tolerance
 
 
 VALIDATION = 128  # problems held out of a training split to choose the checkpoint
@@ -1425,24 +1415,24 @@ SUBJECTS += " prealgebra precalculus"
 SHORT, LONG = PAPER_STEP | {"max_cot": 128}, PAPER_STEP | {"max_cot": 512}
 TOY_STEP = {"steps": 100, "prompts": 32, "samples": 32, "max_cot": 9, "max_answer": 3}
 TOY_STEP |= {"lr": 5e-5, "eval_k": 32, "eval_max_cot": 9, "eval_limit": 128}
-TOY = plain_gold, TOY_STEP, same_number, "QUESTION"
+TOY = TOY_STEP, same_number, "QUESTION"
 TASKS = {
     "toy": Task((), "train", "test", *TOY, fuzzy_tau=0.1),
     "toy-large": Task((), None, "test", *TOY),
     "toy-round": Task((), None, "test", *TOY),
-    "gsm8k": Task(("openai/gsm8k", "main"), "train", "test", plain_gold, SHORT, same_number),
-    "math": Task(("EleutherAI/hendrycks_math", *SUBJECTS.split()), "train", "test", math_gold, LONG,
+    "gsm8k": Task(("openai/gsm8k", "main"), "train", "test", SHORT, same_number),
+    "math": Task(("EleutherAI/hendrycks_math", *SUBJECTS.split()), "train", "test", LONG,
                  GRADER.equal, test_on="math500"),
-    "deepscaler": Task(("agentica-org/DeepScaleR-Preview-Dataset",), "train", None, plain_gold,
-                       LONG, GRADER.equal, test_on="math500"),
-    "math500": Task(("HuggingFaceH4/MATH-500",), None, "test", plain_gold, LONG, GRADER.equal),
+    "deepscaler": Task(("agentica-org/DeepScaleR-Preview-Dataset",), "train", None, LONG,
+                       GRADER.equal, test_on="math500"),
+    "math500": Task(("HuggingFaceH4/MATH-500",), None, "test", LONG, GRADER.equal),
     "olympiadbench": Task(("Hothan/OlympiadBench", "OE_TO_maths_en_COMP"), None, "train",
-                          olympiad_gold, LONG, GRADER.equal),
+                          LONG, GRADER.equal),
 }  # fmt: skip
 
 def task_named(name: str) -> Task:
     """A task of the table, or that of the user's own .jsonl file."""
-    return TASKS.get(name) or Task((), "train", None, plain_gold, SHORT, GRADER.equal)
+    return TASKS.get(name) or Task((), "train", None, SHORT, GRADER.equal)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -1492,7 +1482,7 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
         require(isinstance(question, str), f"{where} has no text in a field problem or question")
         errors = (KeyError, TypeError, AttributeError, UnicodeError)
         with explained(errors, f"{where} has no readable answer or text"):
-            gold = task.gold(row)
+            gold = gold_answer(row)
             (question + gold).encode()
         if gold and question not in seen:
             prompt = task.prompt.replace("QUESTION", question)

@@ -1232,13 +1232,14 @@ def test_no_answer_can_hang_the_grader_and_a_dead_one_is_replaced():
 
 
 def test_gold_answers_are_found_in_the_rows_of_every_data_set():
-    assert softcot.plain_gold({"answer": "So 3*4=12.\n#### 1,200"}) == "1,200"
+    assert softcot.gold_answer({"answer": "So 3*4=12.\n#### 1,200"}) == "1,200"
     solution = r"First \boxed{1}, so the answer is \boxed{\frac{a}{b}}."
-    assert softcot.math_gold({"solution": solution}) == r"\frac{a}{b}"
-    assert softcot.math_gold({"solution": "no box"}) == ""
-    assert softcot.olympiad_gold({"final_answer": ["$69$,$84$"], "error": None}) == "69, 84"
-    assert softcot.olympiad_gold({"answer": ["120,150"]}) == "120, 150"  # two, not 120150
-    assert softcot.olympiad_gold({"answer": ["4.2"], "error": "1e-1"}) == "4.2 within 1e-1"
+    assert softcot.gold_answer({"solution": solution}) == r"\frac{a}{b}"
+    assert softcot.gold_answer({"solution": "no box"}) == ""
+    assert softcot.gold_answer({"final_answer": ["$69$,$84$"], "error": None}) == "69, 84"
+    assert softcot.gold_answer({"answer": ["120,150"]}) == "120, 150"  # two, not 120150
+    assert softcot.gold_answer({"answer": ["4.2"], "error": "1e-1"}) == "4.2 within 1e-1"
+    assert softcot.gold_answer({"answer": "5", "solution": r"\boxed{6}"}) == "5"
 
 
 def test_a_file_of_ones_own_is_split_three_ways_and_its_faulty_rows_are_counted(tmp_path, capsys):
