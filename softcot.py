@@ -1220,25 +1220,6 @@ class Problem:
     equal: Callable[[str, str], bool]  # whether an answer equals a gold answer
 
 
-@dataclass(frozen=True)
-class Task:
-    """Where questions come from, how answers compare, and the defaults."""
-
-    hub: tuple[str, ...]  # data set and its configurations on the Hugging Face hub
-    train: Optional[str]  # the hub's name of the split to train on; None: only for evaluation
-    test: Optional[str]  # the same for testing; None: problems are held out of train
-    defaults: dict  # of Config's fields
-    equal: Callable[[str, str], bool]
-    prompt: str = PROMPT
-    test_on: Optional[str] = None  # the task whose test problems are meant, if not its own
-    fuzzy_tau: float = SETTINGS["fuzzy_sample"].tau  # the toy learns more surely at 0.1
-
-
-PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
-PAPER_STEP = {"steps": 4000, "prompts": 2, "samples": 32, "max_answer": 32}
-PAPER_STEP |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512, "eval_limit": 128}
-
-
 JUDGE = r"""
 import functools, json, math, re, sys
 from math_verify import parse, verify
@@ -1409,30 +1390,46 @@ def gold_answer(row: dict) -> str:
     return "" if answer is None or answer != answer else str(answer).split("####")[-1].strip()
 
 
-VALIDATION = 128  # problems held out of a training split to choose the checkpoint
-SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory"
-SUBJECTS += " prealgebra precalculus"
-SHORT, LONG = PAPER_STEP | {"max_cot": 128}, PAPER_STEP | {"max_cot": 512}
-TOY_STEP = {"steps": 100, "prompts": 32, "samples": 32, "max_cot": 9, "max_answer": 3}
-TOY_STEP |= {"lr": 5e-5, "eval_k": 32, "eval_max_cot": 9, "eval_limit": 128}
-TOY = TOY_STEP, same_number, "QUESTION"
+@dataclass(frozen=True)
+class Task:
+    """Where questions come from, how answers compare, and the defaults."""
+
+    hub: str  # data set on the Hugging Face hub, and its configurations
+    train: Optional[str]  # the hub's name of the split to train on; None: only for evaluation
+    test: Optional[str]  # the same for testing; None: problems are held out of train
+    defaults: dict  # of Config's fields
+    test_on: Optional[str] = None  # the task whose test problems are meant, if not its own
+    equal: Callable[[str, str], bool] = GRADER.equal
+    prompt: str = PROMPT
+    fuzzy_tau: float = SETTINGS["fuzzy_sample"].tau  # the toy learns more surely at 0.1
+
+
+PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
+LONG = {"steps": 4000, "prompts": 2, "samples": 32, "max_cot": 512, "max_answer": 32}
+LONG |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512, "eval_limit": 128}  # the paper's values
+SHORT = LONG | {"max_cot": 128}
+TOY = LONG | {"steps": 100, "prompts": 32, "lr": 5e-5}
+TOY |= {"max_cot": 9, "max_answer": 3, "eval_max_cot": 9}
+MATH = "EleutherAI/hendrycks_math algebra counting_and_probability geometry intermediate_algebra"
+MATH += " number_theory prealgebra precalculus"
 TASKS = {
-    "toy": Task((), "train", "test", *TOY, fuzzy_tau=0.1),
-    "toy-large": Task((), None, "test", *TOY),
-    "toy-round": Task((), None, "test", *TOY),
-    "gsm8k": Task(("openai/gsm8k", "main"), "train", "test", SHORT, same_number),
-    "math": Task(("EleutherAI/hendrycks_math", *SUBJECTS.split()), "train", "test", LONG,
-                 GRADER.equal, test_on="math500"),
-    "deepscaler": Task(("agentica-org/DeepScaleR-Preview-Dataset",), "train", None, LONG,
-                       GRADER.equal, test_on="math500"),
-    "math500": Task(("HuggingFaceH4/MATH-500",), None, "test", LONG, GRADER.equal),
-    "olympiadbench": Task(("Hothan/OlympiadBench", "OE_TO_maths_en_COMP"), None, "train",
-                          LONG, GRADER.equal),
-}  # fmt: skip
+    "toy": Task("", "train", "test", TOY, None, same_number, "QUESTION", 0.1),
+    "toy-large": Task("", None, "test", TOY, None, same_number, "QUESTION"),
+    "toy-round": Task("", None, "test", TOY, None, same_number, "QUESTION"),
+    "gsm8k": Task("openai/gsm8k main", "train", "test", SHORT, None, same_number),
+    "math": Task(MATH, "train", "test", LONG, "math500"),
+    "deepscaler": Task("agentica-org/DeepScaleR-Preview-Dataset", "train", None, LONG, "math500"),
+    "math500": Task("HuggingFaceH4/MATH-500", None, "test", LONG),
+    "olympiadbench": Task("Hothan/OlympiadBench OE_TO_maths_en_COMP", None, "train", LONG),
+}
+
 
 def task_named(name: str) -> Task:
     """A task of the table, or that of the user's own .jsonl file."""
-    return TASKS.get(name) or Task((), "train", None, SHORT, GRADER.equal)
+    return TASKS.get(name) or Task("", "train", None, SHORT)
+
+
+VALIDATION = 128  # problems held out of a training split to choose the checkpoint
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -1457,7 +1454,7 @@ def read_rows(config: Config, name: str, split: str) -> list[dict]:
     if config.data_dir:
         return read_jsonl(Path(config.data_dir) / name / f"{split}.jsonl")
     import datasets  # only here: the toy and local files do without it
-    hub, *parts = TASKS[name].hub
+    hub, *parts = TASKS[name].hub.split()
     advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
     errors = (OSError, ValueError, ImportError)
     with explained(errors, f"{name}: could not load {hub} from the hub; {advice}"):
