@@ -31,8 +31,8 @@ Where the paper is silent or ambiguous, and where this differs from it: see the 
 
 from __future__ import annotations
 
-import argparse, concurrent.futures, dataclasses, datetime, gc, json, math, os, re, shlex, shutil
-import signal, subprocess, sys, tempfile, time
+import argparse, dataclasses, datetime, gc, json, math, os, re, shlex, shutil
+import signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -1299,30 +1299,25 @@ class Grader:
             return True
         if self.process is None or self.process.poll() is not None:
             self.start()
+        timer = threading.Timer(self.limit, self.process.kill)
+        timer.start()
         self.process.stdin.write(json.dumps([answer, gold]) + "\n")
         self.process.stdin.flush()
-        try:
-            verdict = self.reader.submit(self.process.stdout.readline).result(self.limit)
-        except concurrent.futures.TimeoutError:
-            verdict = ""
-        if not verdict:  # too slow, or dead
-            self.process.kill()
+        verdict = self.process.stdout.readline()
+        timer.cancel()
+        if not verdict:  # it was killed
             self.process.wait()
-            self.process, self.timeouts = None, self.timeouts + 1
+            self.timeouts += 1
         return verdict == "true\n"
 
     def start(self) -> None:
-        """Start the process; UserError with its own last words if it can't."""
-        self.reader = concurrent.futures.ThreadPoolExecutor(1)  # Windows can't wait for a pipe
-        errors = tempfile.TemporaryFile()
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        """Start the process; UserError if it can't."""
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         command = [sys.executable, "-c", JUDGE]
         # a session of its own: Ctrl-C is for the run, not for the grader
         self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
-        if not self.process.stdout.readline():
-            errors.seek(0)
-            last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"the grader can't start: {last}; try pip install -r requirements.txt")
+        why = "python -c 'import math_verify' says why; try pip install -r requirements.txt"
+        require(self.process.stdout.readline(), f"the grader can't start: {why}")
 
 
 GRADER = Grader()
