@@ -1421,7 +1421,10 @@ TASKS = {
 
 def task_named(name: str) -> Task:
     """A task of the table, or that of the user's own .jsonl file."""
-    return TASKS.get(name) or Task("", "train", None, SHORT)
+    if name.endswith(".jsonl"):
+        return Task("", "train", None, SHORT)
+    require(name in TASKS, f"task {name} is unknown: choose from {', '.join(TASKS)}, FILE.jsonl")
+    return TASKS[name]
 
 
 VALIDATION = 128  # problems held out of a training split to choose the checkpoint
@@ -1822,49 +1825,47 @@ def stopping() -> bool:
 # One flag a field; what is left out is filled in from the task, the mode and the machine.
 
 MODES, DTYPES = ("soft", "fuzzy", "hard"), ("fp32", "bf16-mixed", "bf16")
+BY_TYPE = {"bool": {"action": "store_true"}, "list[str]": {"nargs": "+"}, "str": {}}
+BY_TYPE |= {"int": {"type": int}, "float": {"type": float}}  # how argparse reads a field's flag
 
 
 def option(default, text: str, **how):
-    """A Config field: its default, the text of --help, and how argparse reads its flag."""
-    made = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**made, metadata={"help": text, **how})
+    """A Config field: its default, the text of --help, and what else argparse is to know."""
+    return dataclasses.field(default=default, metadata={"help": text, **how})
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that a run depends on; None stands for the default of the task or mode."""
 
-    model: Optional[str] = option(None, "hub id or folder of a causal LM (default: toy)")
+    model: str = option(None, "hub id or folder of a causal LM (default: toy)")
     task: str = option("toy", "toy | gsm8k | math | deepscaler | FILE.jsonl with question, answer")
     cot: str = option("soft", "what the CoT is made of in training", choices=MODES)
-    steps: Optional[int] = option(None, "gradient steps, one rollout each", type=int)
-    prompts: Optional[int] = option(None, "B: prompts a step", type=int)
-    samples: Optional[int] = option(None, "G: samples of each prompt", type=int)
-    max_cot: Optional[int] = option(None, "longest CoT in tokens, in training", type=int)
-    max_answer: Optional[int] = option(None, "longest answer in tokens", type=int)
-    eval_max_cot: Optional[int] = option(None, "longest CoT in tokens, in evaluation", type=int)
-    lr: Optional[float] = option(None, "peak learning rate of AdamW", type=float)
-    warmup: int = option(20, "steps of linear warm-up before the cosine decay", type=int)
-    tau: Optional[float] = option(None, "temperature of the CoT's token distribution", type=float)
-    sigma_scale: Optional[float] = option(None, "noise, in units of the RMS of E", type=float)
-    seed: int = option(0, "seed of data order, noise and sampling", type=int)
-    out_dir: Optional[str] = option(None, "where results go (default: runs/TASK-MODEL-COT-sSEED)")
-    data_dir: Optional[str] = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
-    resume: bool = option(
-        False, "continue the run in --out-dir from its last saved state", action="store_true")
-    eval_only: bool = option(False, "evaluate --model, train nothing", action="store_true")
-    eval_tasks: list[str] = option([], "also math500 olympiadbench FILE.jsonl", nargs="+")
-    eval_settings: list[str] = option(list(SETTINGS), f"of {' '.join(SETTINGS)}", nargs="+")
-    eval_k: Optional[int] = option(None, "samples a problem in evaluation, for pass@k", type=int)
-    eval_limit: Optional[int] = option(
-        None, "test problems to evaluate; 0 skips all evaluation", type=int)
-    micro_batch: Optional[int] = option(
-        None, "tokens in one backward pass (default: as many as the memory has room for)", type=int)
-    dtype: Optional[str] = option(
+    steps: int = option(None, "gradient steps, one rollout each")
+    prompts: int = option(None, "B: prompts a step")
+    samples: int = option(None, "G: samples of each prompt")
+    max_cot: int = option(None, "longest CoT in tokens, in training")
+    max_answer: int = option(None, "longest answer in tokens")
+    eval_max_cot: int = option(None, "longest CoT in tokens, in evaluation")
+    lr: float = option(None, "peak learning rate of AdamW")
+    warmup: int = option(20, "steps of linear warm-up before the cosine decay")
+    tau: float = option(None, "temperature of the CoT's token distribution")
+    sigma_scale: float = option(None, "noise, in units of the RMS of E")
+    seed: int = option(0, "seed of data order, noise and sampling")
+    out_dir: str = option(None, "where results go (default: runs/TASK-MODEL-COT-sSEED)")
+    data_dir: str = option(None, "folder with TASK/train.jsonl and TASK/test.jsonl")
+    resume: bool = option(False, "continue the run in --out-dir from its last saved state")
+    eval_only: bool = option(False, "evaluate --model, train nothing")
+    eval_tasks: list[str] = option(None, "also math500 olympiadbench FILE.jsonl")
+    eval_settings: list[str] = option(
+        tuple(SETTINGS), f"of {' '.join(SETTINGS)}", choices=SETTINGS, metavar="NAME")
+    eval_k: int = option(None, "samples a problem in evaluation, for pass@k")
+    eval_limit: int = option(None, "test problems to evaluate; 0 skips all evaluation")
+    micro_batch: int = option(None, "tokens in one backward pass (default: as memory allows)")
+    dtype: str = option(
         None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic", choices=DTYPES)
-    device: Optional[str] = option(None, "cuda, mps, cpu (default: the first there is; toy: cpu)")
-    threads: Optional[int] = option(
-        None, "CPU threads (default: 1 for the toy, else PyTorch's)", type=int)
+    device: str = option(None, "cuda, mps, cpu (default: the first there is; toy: cpu)")
+    threads: int = option(None, "CPU threads (default: 1 for the toy, else PyTorch's)")
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -1873,13 +1874,8 @@ class Config:
                 require(value >= low, f"{flag(name)} {value} is too small: give {low} or more")
             if type(value) is float:
                 require(0 < value < math.inf, f"{flag(name)} {value}: give a positive number")
-        tasks = [*TASKS, "FILE.jsonl"]
-        for where, names, choices in [("--task", [self.task], tasks),
-                                      ("--eval-tasks", self.eval_tasks, tasks),
-                                      ("--eval-settings", self.eval_settings, [*SETTINGS])]:
-            for name in names:
-                ok = name in choices or name.endswith(".jsonl") and "FILE.jsonl" in choices
-                require(ok, f"{where} {name} is unknown: choose from {', '.join(choices)}")
+        for task in (self.task, *(self.eval_tasks or ())):
+            task_named(task)
         if self.eval_only:
             require(self.eval_limit != 0, "--eval-limit 0 leaves --eval-only nothing to do")
         else:
@@ -1929,7 +1925,7 @@ def filled(config: Config) -> tuple[Config, str]:
     if config.max_cot is not None:
         defaults["eval_max_cot"] = config.max_cot
     missing = {name: value for name, value in defaults.items()
-               if getattr(config, name) in (None, []) and value is not None}  # fmt: skip
+               if getattr(config, name) is None and value is not None}  # fmt: skip
     words = (f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
              for name, value in missing.items())  # fmt: skip
     return dataclasses.replace(config, **missing), f"filled in: {' '.join(words)}"
@@ -1949,7 +1945,8 @@ def parse(arguments: list[str]) -> Config:
         allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0])
     parser.error = partial(require, False)  # argparse's own prints the usage and exits
     for field in dataclasses.fields(Config):
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **field.metadata)
+        how = BY_TYPE[field.type] | field.metadata
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **how)
     return Config(**vars(parser.parse_args(arguments)))
 
 
