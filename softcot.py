@@ -1271,7 +1271,6 @@ TIDY = (  # what Math-Verify does not read, as (pattern, what it becomes)
     (r"°", r"^\\circ"),
     (r"\\(?:boldsymbol|mathbf|textbf|bm) *\{([^{}]*)\}", r"\1"),
     (r"\\text *\{[^{}]*(?::|\bis) *\}", ""),  # Answer:
-    (r"^ *[a-z] *\\in\b", ""),
     (r"^ *(?=[<>≤≥]|\\[lg]eq?(?![a-z]))", "x"),  # > 9 is not 9
     (r"[\u2212\u2013\u2014]", "-"),
     (r"^\*\*|\*\*$", ""),  # bold, in Markdown
