@@ -1373,10 +1373,10 @@ def gold_answer(row: dict) -> str:
 
     OlympiadBench has a list, `$69$,$84$` -> `69, 84`, and maybe an error: `4.2 within 1e-1`; MATH
     only the last box of a `solution`. None and NaN are no answer; of a list all are asked for."""
-    if "answer" not in row and "final_answer" not in row:
+    if "solution" in row and "answer" not in row and "final_answer" not in row:
         _, found, after = row["solution"].rpartition(BOX)
         return (boxed(after) or "").strip() if found else ""
-    answer = row.get("final_answer", row.get("answer"))
+    answer = row["final_answer"] if "final_answer" in row else row["answer"]
     if isinstance(answer, list):
         answers = ",".join(map(str, answer)).replace("$", "")
         tolerance = f" within {row['error']}" if row.get("error") else ""
@@ -1469,21 +1469,21 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     if not name.startswith("toy"):
         task.equal("1/2", "2")  # a grader that can't start says so now, not in the middle of a run
     source = "test" if split == "test" and task.test else "train"
-    rows, problems, seen, answerless = read_rows(config, name, source), [], set(), 0
+    rows, by_prompt, answerless = read_rows(config, name, source), {}, 0
+    errors = (KeyError, TypeError, AttributeError, UnicodeError)
     for i, row in enumerate(rows):
-        where = f"{name} {source}: row {i + 1}"
-        question = row.get("question") if row.get("problem") is None else row["problem"]
-        require(isinstance(question, str), f"{where} has no text in a field problem or question")
-        errors = (KeyError, TypeError, AttributeError, UnicodeError)
-        with explained(errors, f"{where} has no readable answer or text"):
+        wrong = f"{name} {source}: row {i + 1} has no readable question (or problem) and answer"
+        with explained(errors, wrong):
+            prompt = task.prompt.replace("QUESTION", row.get("problem") or row["question"])
             gold = gold_answer(row)
-            (question + gold).encode()
-        if gold and question not in seen:
-            prompt = task.prompt.replace("QUESTION", question)
-            problems.append(Problem(i, prompt, gold, task.equal))
-        answerless += not gold
-        seen.add(question)
-    skipped = f"{answerless} without an answer, {len(rows) - len(seen)} repeated"
+            (prompt + gold).encode()
+        if gold:
+            by_prompt.setdefault(prompt, Problem(i, prompt, gold, task.equal))
+        else:
+            answerless += 1
+    problems = list(by_prompt.values())
+    repeated = len(rows) - answerless - len(problems)
+    skipped = f"{answerless} without an answer, {repeated} repeated"
     if source == "train":
         order = np.random.default_rng(0).permutation(len(problems))
         size = min(VALIDATION, max(1, len(problems) // 10))
