@@ -1530,8 +1530,7 @@ def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, lis
         held_out = load_problems(config, config.task, "validation")[: config.eval_limit]
         held_out = fitting(policy, held_out, config) if held_out else []
         if len(train) < config.prompts:
-            given = f"{len(train)} problems for --prompts {config.prompts}"
-            print(f"{given}: some come twice in a step")
+            print(f"{len(train)} problems for --prompts {config.prompts}: some come twice a step")
     for task in config.eval_tasks if config.eval_limit != 0 else ():
         problems = load_problems(config, task, "test")[: config.eval_limit]
         tests[task] = fitting(policy, problems, config)
@@ -1949,7 +1948,7 @@ def parse(arguments: list[str]) -> Config:
     return Config(**vars(parser.parse_args(arguments)))
 
 
-MAY_CHANGE = "eval_tasks eval_settings micro_batch threads device"
+MAY_CHANGE = "resume out_dir eval_tasks eval_settings micro_batch threads device".split()
 
 
 def check_folder(config: Config, out: Path) -> None:
@@ -1964,9 +1963,8 @@ def check_folder(config: Config, out: Path) -> None:
         require(not out.is_dir() or not any(out.iterdir()), f"--out-dir {out} is not empty: {ways}")
         return
     require(there.is_file(), f"--resume: {out} holds no run; leave --resume out")
-    old = json.loads(there.read_bytes())
-    new = dataclasses.asdict(config) | {"resume": False, "out_dir": old["out_dir"]}  # it may move
-    changed = [flag(k) for k in new if k not in MAY_CHANGE.split() and new[k] != old.get(k)]
+    old, new = json.loads(there.read_bytes()), dataclasses.asdict(config)
+    changed = [flag(k) for k in new if k not in MAY_CHANGE and new[k] != old.get(k)]
     require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
 
 
@@ -1974,8 +1972,7 @@ def check_disk(policy: Policy, out: Path) -> None:
     """Say what a run will write at most, if it is much; UserError if the disk has less."""
     weights = sum(w.numel() * w.itemsize for w in policy.model.parameters())
     there = [file.stat().st_size for file in out.rglob("*") if file.is_file()]
-    # model and state, old and new while one replaces the other
-    most = max(0, 2 * (weights + 3 * weights) - sum(there))
+    most = max(0, 8 * weights - sum(there))  # model and state (4), old and new
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     size = f"{out} will take up to {most / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
@@ -2019,16 +2016,14 @@ def run(config: Config) -> str:
         check_disk(policy, out)
     with explained(OSError, f"--out-dir {out}: can't be made"):
         out.mkdir(parents=True, exist_ok=True)
-    if not (out / "config.json").exists() or config.resume:
-        write_json(out / "config.json", dataclasses.asdict(config) | {"resume": False})
+    write_json(out / "config.json", dataclasses.asdict(config) | {"resume": False})
     if __name__ == "__main__":  # in a notebook an interrupt is an ordinary one
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note_signal)
     results = out / "eval.json"
-    if config.eval_only:
-        evaluate_all(policy, config, tests, "base", results)
-        return f"Evaluated {config.model or 'the toy base'}: {results}"
     before = evaluate_all(policy, config, tests, "base", results)
+    if config.eval_only:
+        return f"Evaluated {config.model or 'the toy base'}: {results}"
     print(noise_advice(config, before))
     train(policy, config, out, problems, held_out)
     last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
