@@ -1576,7 +1576,7 @@ def load_policy(config: Config, source: str) -> Policy:
         rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
         check_policy(policy, rounding.get(config.dtype, 1e-1))
     forget_engine(policy)
-    return shard(policy, config) if several() else policy
+    return shard(policy, config) if processes() > 1 else policy
 
 
 @torch.no_grad()
@@ -1693,28 +1693,21 @@ def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, fl
 # splits weights, gradients and moments over them; for sampling the weights are whole in each. All
 # go through the same steps, so none waits for another in vain; rank 0 alone writes and speaks.
 
-
-def several() -> bool:
-    """Whether torchrun started this process and others."""
-    return dist.is_initialized()
-
-
 def rank() -> int:
     """The number of this process: 0 if it is the only one."""
-    return dist.get_rank() if several() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes() -> int:
-    """How many there are."""
-    return dist.get_world_size() if several() else 1
+    """How many torchrun started; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather(x) -> list:
     """What each process gives, in all of them."""
-    if not several():
-        return [x]
-    every = [None] * processes()
-    dist.all_gather_object(every, x)
+    every = [x] * processes()
+    if processes() > 1:
+        dist.all_gather_object(every, x)
     return every
 
 
@@ -1731,7 +1724,7 @@ def part_company() -> None:
     """Leave the other processes, once the model is gone: threads of gloo's end before Python does.
 
     One that still held a tensor would abort the process: pytorch#179291."""
-    if several():
+    if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
 
@@ -1752,7 +1745,7 @@ def shard(policy: Policy, config: Config) -> Policy:
 
 def called_by(policy: Policy, function: Callable, *arguments):
     """function(policy, *arguments), so that FSDP2 gathers weights and sees the backward pass."""
-    call = policy.model.call if several() else lambda f, *a: f(*a)
+    call = policy.model.call if processes() > 1 else lambda f, *a: f(*a)
     return call(function, policy, *arguments)
 
 
@@ -1804,7 +1797,7 @@ SIGNALS = []  # that came while a run was at work
 def note_signal(number: int, _) -> None:
     """Note SIGINT or SIGTERM for stopping(); a second one ends the program at once."""
     SIGNALS.append(number)
-    if len(SIGNALS) > 1 and not several():  # torchrun hands each on more than once
+    if len(SIGNALS) > 1 and processes() == 1:  # torchrun hands each on more than once
         raise KeyboardInterrupt
 
 
@@ -2049,7 +2042,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
         return 2
     except Stopped:
         again = [] if config.resume else ["--resume"]
-        start = ["torchrun", "--nproc-per-node", str(processes())] if several() else ["python"]
+        several = ["torchrun", "--nproc-per-node", str(processes())]
+        start = several if processes() > 1 else ["python"]
         print("Stopped. To go on:", shlex.join([*start, "softcot.py", *arguments, *again]))
     return 0
 
