@@ -1420,9 +1420,6 @@ def task_named(name: str) -> Task:
     return TASKS[name]
 
 
-VALIDATION = 128  # problems held out of a training split to choose the checkpoint
-
-
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a .jsonl file; UserError names the line that is not one."""
     require(path.is_file(), f"there is no file {path}")
@@ -1446,9 +1443,8 @@ def read_rows(config: Config, name: str, split: str) -> list[dict]:
         return read_jsonl(Path(config.data_dir) / name / f"{split}.jsonl")
     import datasets  # only here: the toy and local files do without it
     hub, *parts = TASKS[name].hub.split()
-    advice = f"with --data-dir DIR it is read from DIR/{name}/{split}.jsonl"
-    errors = (OSError, ValueError, ImportError)
-    with explained(errors, f"{name}: could not load {hub} from the hub; {advice}"):
+    failed = f"{hub} can't be loaded; --data-dir DIR reads DIR/{name}/{split}.jsonl instead"
+    with explained((OSError, ValueError, ImportError), failed):
         hub_split = getattr(TASKS[name], split)
         loaded = [datasets.load_dataset(hub, part, split=hub_split) for part in parts or [None]]
     return [row for rows in loaded for row in rows]
@@ -1480,7 +1476,7 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     skipped = f"{answerless} without an answer, {repeated} repeated"
     if source == "train":
         order = np.random.default_rng(0).permutation(len(problems))
-        size = min(VALIDATION, max(1, len(problems) // 10))
+        size = min(128, max(1, len(problems) // 10))  # held out, to choose the checkpoint
         first = size if task.test else 2 * size  # where training problems begin
         parts = {"validation": order[:size], "test": order[size:first], "train": order[first:]}
         problems = [problems[i] for i in parts[split]]
@@ -1541,25 +1537,17 @@ def use_gpu_well(device: str) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN: pytorch#196678
 
 
-def has_bf16(device: str) -> bool:
-    """Whether a CUDA GPU computes in bf16 itself (a T4 or V100 only pretends to)."""
-    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-
-
 def load_policy(config: Config, source: str) -> Policy:
     """The policy in a folder or on the hub; UserError says what is missing."""
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     advice = "give a hub id, or a folder with config.json, weights and tokenizer"
     hint = f"--model {source} is the folder of a run: did you mean {source}/model"
     require(not (Path(source) / "model" / "config.json").exists(), hint)
-    with explained(LOADING, f"--model {source}: could not be loaded; {advice}"):
-        own_code = False  # of a folder: it is never run
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=own_code)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=own_code)
+    errors = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+    with explained(errors, f"--model {source}: could not be loaded; {advice}"):
+        how = {"trust_remote_code": False}  # code in a folder is never run
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **how)
     require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
     added, V = tokenizer.added_tokens_decoder, model.get_input_embeddings().num_embeddings
     others = sum(id >= V and token.special for id, token in added.items())  # images, say: not text
@@ -1572,7 +1560,7 @@ def load_policy(config: Config, source: str) -> Policy:
     lost = f"--model {source}: its tokenizer makes {again!r} of the stop phrase {STOP + BOX!r}"
     require(STOP.strip() in again and BOX in again, lost)
     unfit = f"--model {source} does not fit soft tokens; SOFTCOT_DEBUG=1 shows where"
-    with explained((*LOADING, TypeError, AttributeError, AssertionError), unfit):
+    with explained((*errors, TypeError, AttributeError, AssertionError), unfit):
         rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
         check_policy(policy, rounding.get(config.dtype, 1e-1))
     forget_engine(policy)
@@ -1810,9 +1798,6 @@ def stopping() -> bool:
 # One flag a field; what is left out is filled in from the task, the mode and the machine.
 
 MODES, DTYPES = ("soft", "fuzzy", "hard"), ("fp32", "bf16-mixed", "bf16")
-BY_TYPE = {"bool": {"action": "store_true"}, "list[str]": {"nargs": "+"}, "str": {}}
-BY_TYPE |= {"int": {"type": int}, "float": {"type": float}}  # how argparse reads a field's flag
-
 
 def option(default, text: str, **how):
     """A Config field: its default, the text of --help, and what else argparse is to know."""
@@ -1886,14 +1871,15 @@ def settings_of(config: Config) -> dict[str, Setting]:
 def filled(config: Config) -> tuple[Config, str]:
     """Config with the defaults of task, mode and machine for None, and a line that tells them."""
     task = task_named(config.task)
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    fastest = "cuda" if cuda else "mps" if mps else "cpu"
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    fastest = "cuda" if torch.cuda.is_available() else mps
     device = config.device or (fastest if config.model else "cpu")  # the toy is too small to gain
     with explained((RuntimeError, AssertionError), f"--device {device} can't be used here"):
         torch.empty(0, device=device)
+    cuda = device.startswith("cuda")
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 emulates it
     slow = f"--dtype {config.dtype}: this GPU has no bf16; leave it out, fp32 is taken then"
-    emulated = device.startswith("cuda") and "bf16" in str(config.dtype) and not has_bf16(device)
-    require(not emulated, slow)
+    require(not cuda or bf16 or "bf16" not in str(config.dtype), slow)
     mode = SETTINGS[f"{config.cot}_sample"]
     defaults = {
         **task.defaults,
@@ -1903,7 +1889,7 @@ def filled(config: Config) -> tuple[Config, str]:
         "eval_tasks": [task.test_on or config.task],
         "out_dir": default_folder(config),
         "device": device,
-        "dtype": "bf16-mixed" if has_bf16(device) else "fp32",
+        "dtype": "bf16-mixed" if bf16 else "fp32",
         # threads wait for each other: for so small a model two are slower on a busy machine
         "threads": 1 if config.model is None else torch.get_num_threads(),
     }
@@ -1929,19 +1915,18 @@ def parse(arguments: list[str]) -> Config:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0])
     parser.error = partial(require, False)  # argparse's own prints the usage and exits
+    by_type = {"str": {}, "bool": {"action": "store_true"}, "list[str]": {"nargs": "+"}}
+    by_type |= {"int": {"type": int}, "float": {"type": float}}
     for field in dataclasses.fields(Config):
-        how = BY_TYPE[field.type] | field.metadata
+        how = by_type[field.type] | field.metadata
         parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **how)
     return Config(**vars(parser.parse_args(arguments)))
-
-
-MAY_CHANGE = "resume out_dir eval_tasks eval_settings micro_batch threads device".split()
 
 
 def check_folder(config: Config, out: Path) -> None:
     """UserError unless --out-dir is new, or --resume goes on with what was started there.
 
-    Nothing that is there may get lost; but for MAY_CHANGE the settings must be the same."""
+    Nothing that is there may get lost; settings that change the result must be the same."""
     there = out / "config.json"
     inside = config.model and Path(config.model).resolve() in out.resolve().parents
     require(not inside, f"--out-dir {out} is in the folder of --model: name another one")
@@ -1951,7 +1936,8 @@ def check_folder(config: Config, out: Path) -> None:
         return
     require(there.is_file(), f"--resume: {out} holds no run; leave --resume out")
     old, new = json.loads(there.read_bytes()), dataclasses.asdict(config)
-    changed = [flag(k) for k in new if k not in MAY_CHANGE and new[k] != old.get(k)]
+    free = "resume out_dir eval_tasks eval_settings micro_batch threads device".split()
+    changed = [flag(k) for k in new if k not in free and new[k] != old.get(k)]
     require(not changed, f"--resume: {out} was started with another {' '.join(changed)}")
 
 
