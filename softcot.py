@@ -1797,7 +1797,8 @@ def stopping() -> bool:
 # ---- 14. Configuration and main -----------------------------------------------------------------
 # One flag a field; what is left out is filled in from the task, the mode and the machine.
 
-MODES, DTYPES = ("soft", "fuzzy", "hard"), ("fp32", "bf16-mixed", "bf16")
+DTYPES = ("fp32", "bf16-mixed", "bf16")
+
 
 def option(default, text: str, **how):
     """A Config field: its default, the text of --help, and what else argparse is to know."""
@@ -1810,7 +1811,7 @@ class Config:
 
     model: str = option(None, "hub id or folder of a causal LM (default: toy)")
     task: str = option("toy", "toy | gsm8k | math | deepscaler | FILE.jsonl with question, answer")
-    cot: str = option("soft", "what the CoT is made of in training", choices=MODES)
+    cot: str = option("soft", "the CoT of training", choices=("soft", "fuzzy", "hard"))
     steps: int = option(None, "gradient steps, one rollout each")
     prompts: int = option(None, "B: prompts a step")
     samples: int = option(None, "G: samples of each prompt")
@@ -1895,8 +1896,7 @@ def filled(config: Config) -> tuple[Config, str]:
     }
     if config.max_cot is not None:
         defaults["eval_max_cot"] = config.max_cot
-    missing = {name: value for name, value in defaults.items()
-               if getattr(config, name) is None and value is not None}  # fmt: skip
+    missing = {k: v for k, v in defaults.items() if getattr(config, k) is None and v is not None}
     words = (f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
              for name, value in missing.items())  # fmt: skip
     return dataclasses.replace(config, **missing), f"filled in: {' '.join(words)}"
@@ -1944,8 +1944,7 @@ def check_folder(config: Config, out: Path) -> None:
 def check_disk(policy: Policy, out: Path) -> None:
     """Say what a run will write at most, if it is much; UserError if the disk has less."""
     weights = sum(w.numel() * w.itemsize for w in policy.model.parameters())
-    there = [file.stat().st_size for file in out.rglob("*") if file.is_file()]
-    most = max(0, 8 * weights - sum(there))  # model and state (4), old and new
+    most = 2 * (weights + 3 * weights)  # model and state, old and new while one replaces the other
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     size = f"{out} will take up to {most / 2**30:.1f} GiB of {free / 2**30:.1f} that are free"
@@ -1985,7 +1984,7 @@ def run(config: Config) -> str:
         source = str(toy_tasks.base_model(Path("runs/toy-base")))
     policy = load_policy(config, source)
     problems, held_out, tests = load_data(policy, config)
-    if not config.eval_only:
+    if not (config.eval_only or config.resume):
         check_disk(policy, out)
     with explained(OSError, f"--out-dir {out}: can't be made"):
         out.mkdir(parents=True, exist_ok=True)
