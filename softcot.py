@@ -1224,6 +1224,12 @@ JUDGE = r"""
 import functools, json, math, re, sys
 from math_verify import parse, verify
 
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes; 9^9^9^9 wants more
+except (ImportError, ValueError, OSError):
+    pass  # Windows has no such limit, macOS refuses it
+
 @functools.lru_cache
 def read(text):
     return parse("\\boxed{%s}" % text, parsing_timeout=None)
