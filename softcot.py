@@ -1310,13 +1310,15 @@ class Grader:
         return verdict == "true\n"
 
     def start(self) -> None:
-        """Start the process; UserError if it can't."""
+        """Start the process; UserError with its last words if it can't."""
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         command = [sys.executable, "-c", JUDGE]
         # a session of its own: Ctrl-C is for the run, not for the grader
         self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
-        why = "python -c 'import math_verify' says why; try pip install -r requirements.txt"
-        require(self.process.stdout.readline(), f"the grader can't start: {why}")
+        if not self.process.stdout.readline():
+            again = subprocess.run(command, input="", text=True, capture_output=True)
+            last = again.stderr.strip().splitlines()[-1:]
+            raise UserError(f"the grader can't start: {last}; try pip install -r requirements.txt")
 
 
 GRADER = Grader()
@@ -1407,7 +1409,7 @@ TOY |= {"max_cot": 9, "max_answer": 3, "eval_max_cot": 9}
 MATH = "EleutherAI/hendrycks_math algebra counting_and_probability geometry intermediate_algebra"
 MATH += " number_theory prealgebra precalculus"
 TASKS = {
-    "toy": Task("", "train", "test", TOY, None, same_number, "QUESTION", 0.1),
+    "toy": Task("", "train", "test", TOY, None, same_number, "QUESTION", fuzzy_tau=0.1),
     "toy-large": Task("", None, "test", TOY, None, same_number, "QUESTION"),
     "toy-round": Task("", None, "test", TOY, None, same_number, "QUESTION"),
     "gsm8k": Task("openai/gsm8k main", "train", "test", SHORT, None, same_number),
