@@ -2647,7 +2647,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tiny_folder, tmp
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     rng, kills = np.random.default_rng(0), int(os.environ.get("KILLS", 2))
     more = ("--steps", str(40 * kills), "--dtype", "bf16")
-    subprocess.run(command_of(tiny_folder, whole, *more), check=True, capture_output=True)
+    assert softcot.main(command_of(tiny_folder, whole, *more)[2:]) == 0
     reached = []
     state = killed / "state.pt"
     for kill in range(kills):  # every other one after a new saved state, or once it is at work
@@ -2673,8 +2673,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tiny_folder, tmp
             reached.append(torch.load(state, weights_only=True)["step"])
     print(f"{kills} kills; the saved step after each: {reached}")
     assert reached and reached == sorted(reached)
-    command = command_of(tiny_folder, killed, *more, "--resume")
-    subprocess.run(command, check=True, capture_output=True)
+    assert softcot.main(command_of(tiny_folder, killed, *more, "--resume")[2:]) == 0
     assert_same_outcome(whole, killed)
 
 
@@ -2683,7 +2682,7 @@ def test_a_signal_ends_a_run_after_its_step_with_the_command_to_go_on(
     number, tiny_folder, tmp_path
 ):
     whole, cut, more = tmp_path / "whole", tmp_path / "cut", ("--steps", "50", "--samples", "8")
-    subprocess.run(command_of(tiny_folder, whole, *more), check=True, capture_output=True)
+    assert softcot.main(command_of(tiny_folder, whole, *more)[2:]) == 0
     process = subprocess.Popen(command_of(tiny_folder, cut, *more), stdout=subprocess.PIPE, text=True)
     log = cut / "metrics.jsonl"
     while not log.exists() or len(read_lines(log)) < 6:
@@ -2696,8 +2695,7 @@ def test_a_signal_ends_a_run_after_its_step_with_the_command_to_go_on(
     assert last.startswith("Stopped. To go on: python softcot.py --model ")
     assert last.endswith(" --resume")
     assert 6 <= torch.load(cut / "state.pt", weights_only=True)["step"] == len(read_lines(log)) < 50
-    resumed = command_of(tiny_folder, cut, *more, "--resume")
-    subprocess.run(resumed, check=True, capture_output=True)
+    assert softcot.main(command_of(tiny_folder, cut, *more, "--resume")[2:]) == 0
     assert_same_outcome(whole, cut)
 
 
