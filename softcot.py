@@ -410,7 +410,7 @@ class Engine:
         self.length = zeros(rows, dtype=torch.int64)  # [N] real steps of each row, if it has ended
         self.sigma = zeros(())
         self.hidden, self.E = None, None  # [N, H] of the last column; [V, D]
-        self.buffers = {}  # of each setting, by name: the fields of Phase, [N, T, ...]
+        self.buffers = {}  # by name: the fields of Phase, [N, T, ...]; each phase is copied out
         self.steps, self.weights = {}, {}  # by setting and shape; in bf16, by name
         alone = policy.model.device.type == "cuda" and not dist.is_initialized()
         # memory and stream that all recorded steps share; FSDP2 moves its weights: no recording
@@ -438,13 +438,6 @@ class Engine:
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
         return [x for layer in layers for x in (layer.keys, layer.values)]
 
-    def buffer(self, name: str, rows: Tensor) -> Tensor:
-        """The buffer [N, T, ...] of a field whose positions look like rows [M, ...]."""
-        made = self.buffers.setdefault(self.setting, {})
-        if name not in made:
-            made[name] = rows.new_zeros(self.N, self.T, *rows.shape[1:])
-        return made[name]
-
     def reserve(self, count: int) -> None:
         """Announce so many columns more: the width grows, so that attention reads them."""
         self.filled += count
@@ -471,9 +464,9 @@ class Engine:
 
         position: that of its first step in the random streams. keep: also what the loss needs."""
         self.setting, self.first = setting, self.filled
-        self.kept = {"ids", "logp", "entropy"}
+        self.kept = ["ids", "logp", "entropy"]
         if keep and setting.cot != "hard":
-            self.kept |= {"x", "eps"}
+            self.kept += ["x", "eps"] if setting.noise else ["x"]
         if self.hidden is None:
             self.hidden = hidden.new_zeros(self.N, hidden.shape[1])
         self.hidden[: len(hidden)] = hidden
@@ -489,9 +482,11 @@ class Engine:
         logits = self.policy.head(self.hidden[here])  # [M, V]
         eps = eps if self.setting.noise else None
         made = next_input(logits, self.setting, self.E, self.sigma, eps, u)
-        for name, value in vars(made).items():
-            if name in self.kept and value is not None:
-                self.buffer(name, value)[here, t] = value
+        for name in self.kept:
+            value = getattr(made, name)
+            if name not in self.buffers:
+                self.buffers[name] = value.new_zeros(self.N, self.T, *value.shape[1:])
+            self.buffers[name][here, t] = value
         goes_on = t < self.length[here]
         self.hidden[here] = self.feed(made.x[:, None], goes_on[:, None])[:, 0]
         t += 1
@@ -523,8 +518,7 @@ class Engine:
     def phase(self, length: list[int]) -> Phase:
         """What the phase has made of the rows, up to the longest: copies."""
         N, end = len(length), max(length)
-        made = self.buffers[self.setting]
-        fields = {name: made[name][:N, :end].clone() for name in self.kept & made.keys()}
+        fields = {name: self.buffers[name][:N, :end].clone() for name in self.kept}
         mask = torch.arange(end, device=self.real.device) < self.length[:N, None]
         for name in ("ids", "logp", "entropy"):
             fields[name] *= mask
@@ -666,7 +660,7 @@ def generate(engine: Engine, N: int, T: int, is_done: Callable[[str], bool]) -> 
         engine.reserve(count)
         for _ in range(count):
             engine.run_step()
-        tokens = engine.buffers[engine.setting]["ids"][:N, t : t + count].tolist()
+        tokens = engine.buffers["ids"][:N, t : t + count].tolist()
         for n in going:
             for i, token in enumerate(tokens[n], start=t + 1):
                 texts[n] += policy.piece(token)

@@ -650,7 +650,7 @@ def test_what_only_a_loss_needs_is_not_kept_without_one(at, elsewhere):
     for keep in (True, False):
         module, policy, setting = with_noise_at(at, elsewhere, "llama")
         r = module.rollout(policy, PROMPTS, seeds, setting, 6, 3, 0.0, keep)
-        found.append((r, policy.engine.buffers[setting]))
+        found.append((r, policy.engine.buffers))
     (kept, full), (bare, few) = found
     assert {"x", "eps"} <= full.keys() and few.keys() == {"ids", "logp", "entropy"}
     assert bare.cot.x is None and bare.cot.eps is None
@@ -928,7 +928,7 @@ def test_no_buffer_of_the_engine_moves_and_none_grows_while_rows_leave():
     def addresses():
         engine = policy.engine
         buffers = [x for k, x in vars(engine).items() if isinstance(x, torch.Tensor) and k != "columns"]
-        buffers += [*engine.keys_and_values(), *itertools.chain(*map(dict.values, engine.buffers.values()))]
+        buffers += [*engine.keys_and_values(), *engine.buffers.values()]
         return {(x.data_ptr(), x.untyped_storage().nbytes()) for x in buffers}
 
     sample(policy, SETTINGS["soft_sample"], PROMPTS[2:], seeds_for(16), max_cot=40)
