@@ -347,46 +347,32 @@ class Keys(transformers.cache_utils.StaticLayer):
         return 0
 
 
-class Replay:
-    """A step on a GPU: run once, then recorded as a CUDA graph, which is replayed from then on.
+def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
+    """Run a step on a GPU and record it as a CUDA graph; what to call for it from then on.
 
-    A step of decoding is a thousand small kernels, which take longer to launch than to run."""
-
-    def __init__(self, step: Callable[[], None], pool, side):
-        self.step, self.pool, self.side, self.call = step, pool, side, self.first
-
-    def __call__(self) -> None:
-        """What the step does, with the buffers and shapes of the first call."""
-        self.call()
-
-    def first(self) -> None:
-        """Run on the side stream, as recording wants it: what is made once is made here.
-
-        A step that waits for the host (some mixtures of experts do) can't be recorded."""
-        self.side.wait_stream(torch.cuda.current_stream())
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with torch.cuda.stream(self.side):
-                self.step()
-            self.call = self.record
-        except RuntimeError as error:
-            if "synchronizing" not in str(error):
-                raise
-            tqdm.write("decoding is slow: a step of this model waits for the host, is not replayed")
-            self.call = self.step
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream().wait_stream(self.side)
-        if self.call == self.step:
-            self.step()  # again, from its start: it broke off before it counted itself
-
-    def record(self) -> None:
-        """Record the step (nothing is computed by that), and replay it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
-            self.step()
-        self.call = graph.replay
-        graph.replay()
+    A step of decoding is a thousand small kernels, which take longer to launch than to run. It is
+    run on the side stream, as recording wants it, and what is made once is made by that. A step
+    that waits for the host (some mixtures of experts do) can't be recorded."""
+    graph = torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            step()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        tqdm.write("decoding is slow: a step of this model waits for the host, is not replayed")
+        graph = None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    if graph is None:
+        step()  # again, from its start: it broke off before it counted itself
+        return step
+    with torch.cuda.graph(graph, pool=pool, stream=side):
+        step()  # nothing is computed here
+    return graph.replay
 
 
 class Engine:
@@ -411,7 +397,7 @@ class Engine:
         self.sigma = zeros(())
         self.hidden, self.E = None, None  # [N, H] of the last column; [V, D]
         self.buffers = {}  # by name: the fields of Phase, [N, T, ...]; each phase is copied out
-        self.steps, self.weights = {}, {}  # by setting and shape; in bf16, by name
+        self.steps, self.weights = {}, {}  # replays, by setting and shape; in bf16, by name
         alone = policy.model.device.type == "cuda" and not dist.is_initialized()
         # memory and stream that all recorded steps share; FSDP2 moves its weights: no recording
         self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if alone else ()
@@ -495,9 +481,12 @@ class Engine:
     def run_step(self) -> None:
         """A step; on a GPU of one process, a replayed one."""
         key = (self.setting, "x" in self.kept, self.batch, self.width)
-        if key not in self.steps:
-            self.steps[key] = Replay(self.step, *self.graphs) if self.graphs else self.step
-        self.steps[key]()
+        if key in self.steps:
+            self.steps[key]()
+        elif self.graphs:
+            self.steps[key] = run_and_record(self.step, *self.graphs)
+        else:
+            self.step()
 
     def leave(self, length: list[int], t: int) -> None:
         """Rows have ended: mask what is behind their end, and let half a batch go on alone.

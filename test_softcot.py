@@ -712,8 +712,9 @@ class Recorder:
 def test_a_step_is_run_once_then_recorded_and_replayed(monkeypatch):
     recorder = Recorder(monkeypatch)
     step = lambda: recorder.runs.append("recorded" if recorder.recording else recorder.strict)
-    replay = softcot.Replay(step, None, recorder.stream)
-    for _ in range(4):
+    replay = softcot.run_and_record(step, None, recorder.stream)
+    assert recorder.runs == ["error", "recorded"]
+    for _ in range(3):
         replay()
     assert recorder.runs == ["error", "recorded", "replayed", "replayed", "replayed"]
     assert recorder.strict == "default"
@@ -727,13 +728,14 @@ def test_a_step_that_waits_for_the_host_is_run_as_it_is(monkeypatch, capsys):
             raise RuntimeError("called a synchronizing CUDA operation")
         recorder.runs.append("run")
 
-    replay = softcot.Replay(step, None, recorder.stream)
-    for _ in range(3):
-        replay()
+    again = softcot.run_and_record(step, None, recorder.stream)
+    assert recorder.runs == ["run"]
+    for _ in range(2):
+        again()
     assert recorder.runs == ["run"] * 3 and capsys.readouterr().out.count("not replayed") == 1
-    failing = softcot.Replay(lambda: (_ for _ in ()).throw(RuntimeError("out of memory")), None, recorder.stream)
+    failing = lambda: (_ for _ in ()).throw(RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
-        failing()
+        softcot.run_and_record(failing, None, recorder.stream)
     assert recorder.strict == "default"
 
 

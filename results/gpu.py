@@ -194,11 +194,11 @@ def decoding(lab: Lab, shape: str, dtype: str, target: str) -> None:
     for name in ("hard_sample", "soft_sample"):
         found[name] = rows * new / lab.seconds(lambda: lab.rollout(policy, name))
     per_token = rows / found["soft_sample"]
-    real, softcot.Replay = softcot.Replay, lambda step, *_: step
+    real, softcot.run_and_record = softcot.run_and_record, lambda step, *_: step() or step
     policy.engine = None
     short = max(2, lab.cot // 8)
     eager = rows * (short + 1) / lab.seconds(lambda: lab.rollout(policy, "soft_sample", cot=short, answer=1), 1)
-    softcot.Replay, policy.engine = real, None
+    softcot.run_and_record, policy.engine = real, None
     ids = torch.full((rows, lab.prompt), 5, device=lab.device)
     how = dict(do_sample=True, top_k=0, min_new_tokens=short, max_new_tokens=short, attention_mask=ids > 0)
     with policy.arithmetic():
