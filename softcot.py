@@ -393,7 +393,6 @@ class Engine:
         self.t = zeros(1, dtype=torch.int64)  # the next position of the phase
         self.position = zeros(1, dtype=torch.int64)  # the same in the rows' random streams
         self.seeds = zeros(rows, dtype=torch.int64)  # [N] of these streams
-        self.length = zeros(rows, dtype=torch.int64)  # [N] real steps of each row, if it has ended
         self.sigma = zeros(())
         self.hidden, self.E = None, None  # [N, H] of the last column; [V, D]
         self.buffers = {}  # by name: the fields of Phase, [N, T, ...]; each phase is copied out
@@ -441,23 +440,22 @@ class Engine:
 
     def arrange(self, order: Tensor) -> None:
         """Put into place i what place order[i] holds: order [places], also with repeats."""
-        for buffer in (self.real, *self.keys_and_values()):
+        for buffer in (self.row_at, self.real, *self.keys_and_values()):
             buffer[: len(order)] = buffer[order]
 
-    def begin(self, setting: Setting, T: int, hidden: Tensor, position=0, sigma=0.0,
-              keep=False) -> None:
-        """Start a phase of T steps: hidden [N, H] before it, noise of size sigma.
+    def begin(self, setting: Setting, hidden: Tensor, position=0, sigma=0.0, keep=False) -> None:
+        """Start a phase of N rows, in their order: hidden [N, H] before it, noise of size sigma.
 
         position: that of its first step in the random streams. keep: also what the loss needs."""
-        self.setting, self.first = setting, self.filled
+        self.setting, self.first, self.batch = setting, self.filled, len(hidden)
+        self.row_at[: self.batch] = torch.arange(self.batch, device=hidden.device)
         self.kept = ["ids", "logp", "entropy"]
         if keep and setting.cot != "hard":
             self.kept += ["x", "eps"] if setting.noise else ["x"]
         if self.hidden is None:
             self.hidden = hidden.new_zeros(self.N, hidden.shape[1])
-        self.hidden[: len(hidden)] = hidden
+        self.hidden[: self.batch] = hidden
         self.sigma.fill_(sigma)
-        self.length.fill_(T)
         self.position.fill_(position)
         self.t.zero_()
 
@@ -473,13 +471,14 @@ class Engine:
             if name not in self.buffers:
                 self.buffers[name] = value.new_zeros(self.N, self.T, *value.shape[1:])
             self.buffers[name][here, t] = value
-        goes_on = t < self.length[here]
-        self.hidden[here] = self.feed(made.x[:, None], goes_on[:, None])[:, 0]
+        real = here.new_ones(len(here), 1, dtype=torch.bool)  # what is not, phase() masks
+        self.hidden[here] = self.feed(made.x[:, None], real)[:, 0]
         t += 1
         self.position += 1
 
     def run_step(self) -> None:
         """A step; on a GPU of one process, a replayed one."""
+        self.reserve(1)
         key = (self.setting, "x" in self.kept, self.batch, self.width)
         if key in self.steps:
             self.steps[key]()
@@ -488,30 +487,31 @@ class Engine:
         else:
             self.step()
 
-    def leave(self, length: list[int], t: int) -> None:
-        """Rows have ended: mask what is behind their end, and let half a batch go on alone.
-
-        length: the steps of each row, or as many as it may have; t: those so far."""
-        here = self.row_at[: self.batch].clone()
-        self.length[: len(length)] = torch.tensor(length, device=here.device)
-        real = torch.arange(t, device=here.device) < self.length[here][:, None]
-        self.real[: self.batch, self.first : self.first + t] = real
-        going, batch = sum(n > t for n in length), self.batch
-        while SMALLEST[here.device.type] < batch and 0 < 2 * going <= batch:
+    def go_on(self, rows: list[int]) -> None:
+        """These alone need go on: if they are at most half of the batch, halve it."""
+        batch = self.batch
+        while SMALLEST[self.real.device.type] < batch and 2 * len(rows) <= batch:
             batch = -(-batch // 2)
         if batch < self.batch:
-            order = (self.length[here] <= t).int().argsort(stable=True)  # who goes on is in front
-            self.arrange(order)
-            self.row_at[: self.batch], self.batch = here[order], batch
+            here = self.row_at[: self.batch, None]  # [M, 1]
+            ended = (here != torch.tensor(rows, device=here.device)).all(dim=1)  # [M]
+            self.arrange(ended.int().argsort(stable=True))  # who goes on is in front now
+            self.batch = batch
 
     def phase(self, length: list[int]) -> Phase:
-        """What the phase has made of the rows, up to the longest: copies."""
-        N, end = len(length), max(length)
-        fields = {name: self.buffers[name][:N, :end].clone() for name in self.kept}
-        mask = torch.arange(end, device=self.real.device) < self.length[:N, None]
+        """What the phase has made of the rows, up to the longest: copies.
+
+        length: the real steps of each. What is behind them is masked, and all rows come back into
+        the batch, in their order."""
+        self.batch, end = len(length), max(length)
+        self.arrange(self.row_at[: self.batch].argsort())
+        steps = torch.arange(self.filled - self.first, device=self.real.device)
+        mask = steps < torch.tensor(length, device=steps.device)[:, None]
+        self.real[: self.batch, self.first : self.filled] = mask
+        fields = {name: self.buffers[name][: self.batch, :end].clone() for name in self.kept}
         for name in ("ids", "logp", "entropy"):
-            fields[name] *= mask
-        return Phase(**fields, mask=mask)
+            fields[name] *= mask[:, :end]
+        return Phase(**fields, mask=mask[:, :end])
 
 
 def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
@@ -610,24 +610,19 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         hidden = last(engine.feed(engine.E[ids], mask), mask)  # [B, H]
         sigma = setting.noise * engine.E.float().square().mean().sqrt().item()
         engine.arrange(prompt_of)
-        engine.batch, engine.row_at[:N] = N, torch.arange(N, device=ids.device)
         engine.seeds[:N] = seeds
-        prompt_ids, prompt_mask = ids[prompt_of], mask[prompt_of]  # [N, P]
-        engine.begin(setting, max_cot, hidden[prompt_of], 0, sigma, keep)
+        engine.begin(setting, hidden[prompt_of], 0, sigma, keep)
         cot, stopped = generate(engine, N, max_cot, lambda text: STOP.strip() in text)
         cots = [policy.decode(row[real]) for row, real in zip(cot.ids, cot.mask)]
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
         openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
         prefill_ids, prefill_mask = policy.tokenize(openings, begins=False)  # [N, F]
         engine.reserve(prefill_ids.shape[1])
-        here = engine.row_at[:N]  # rows that ended early have other places now
-        fed = engine.feed(engine.E[prefill_ids[here]], prefill_mask[here])
-        hidden = last(fed, prefill_mask[here])[here.argsort()]  # [N, H], in the order of rows again
-        hard = Setting("hard", answer_tau, 0.0)
-        engine.begin(hard, max_answer, hidden, position=max_cot)
+        hidden = last(engine.feed(engine.E[prefill_ids], prefill_mask), prefill_mask)  # [N, H]
+        engine.begin(Setting("hard", answer_tau, 0.0), hidden, position=max_cot)
         answer, _ = generate(engine, N, max_answer, lambda text: boxed(text) is not None)
     answers = [policy.decode(row[real]) for row, real in zip(answer.ids, answer.mask)]
-    return Rollout(setting, sigma, prompt_ids, prompt_mask, prefill_ids, prefill_mask,
+    return Rollout(setting, sigma, ids[prompt_of], mask[prompt_of], prefill_ids, prefill_mask,
                    cot, answer, stopped, cots, answers)
 
 
@@ -641,30 +636,24 @@ def generate(engine: Engine, N: int, T: int, is_done: Callable[[str], bool]) -> 
 
     Returns the Phase and which rows were done. The text is looked at now and then; what a row went
     on with behind its end is masked out."""
-    policy, device = engine.policy, engine.real.device
-    texts, finished, length, going, t = [""] * N, [False] * N, [T] * N, list(range(N)), 0
-    bar = progress(f"sampling, {N} rows", range(T), "token")
-    while going and t < T:
-        count = min(LOOK[device.type], T - t)
-        engine.reserve(count)
-        for _ in range(count):
-            engine.run_step()
-        tokens = engine.buffers["ids"][:N, t : t + count].tolist()
+    policy, look = engine.policy, LOOK[engine.real.device.type]
+    texts, finished, length, going, seen = [""] * N, [False] * N, [T] * N, list(range(N)), 0
+    for t in progress(f"sampling, {N} rows", range(1, T + 1), "token"):  # steps so far
+        engine.run_step()
+        if t % look and t < T:
+            continue
+        tokens = engine.buffers["ids"][:N, seen:t].tolist()
         for n in going:
-            for i, token in enumerate(tokens[n], start=t + 1):
+            for i, token in enumerate(tokens[n], start=seen + 1):
                 texts[n] += policy.piece(token)
                 finished[n] = is_done(texts[n])
                 if finished[n] or token in policy.end_ids:
                     length[n] = i
                     break
-        t += count
-        still = [n for n in going if length[n] > t]
-        if len(still) < len(going):
-            engine.leave(length, t)
-        going = still
-        bar.update(count)
-    bar.close()
-    engine.batch = N
+        going, seen = [n for n in going if length[n] > t], t
+        if not going:
+            break
+        engine.go_on(going)
     return engine.phase(length), finished
 
 
