@@ -336,6 +336,7 @@ class Keys(transformers.cache_utils.StaticLayer):
             dtype = torch.bfloat16 if engine.policy.mixed else keys.dtype  # as attention wants them
             room = [(engine.N, x.shape[1], engine.L, x.shape[3]) for x in (keys, values)]
             self.keys, self.values = (keys.new_zeros(shape, dtype=dtype) for shape in room)
+            engine.keys_and_values += [self.keys, self.values]
             self.is_initialized = True
         self.keys[: engine.batch].index_copy_(2, engine.columns, keys.to(self.keys.dtype))
         self.values[: engine.batch].index_copy_(2, engine.columns, values.to(self.keys.dtype))
@@ -400,6 +401,7 @@ class Engine:
         alone = policy.model.device.type == "cuda" and not dist.is_initialized()
         # memory and stream that all recorded steps share; FSDP2 moves its weights: no recording
         self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if alone else ()
+        self.keys_and_values = []  # of all layers, each [N, heads, L, width], once they are made
         layers = policy.model.config.get_text_config().num_hidden_layers
         self.cache = transformers.cache_utils.Cache(layers=[Keys(self) for _ in range(layers)])
 
@@ -409,7 +411,7 @@ class Engine:
         Where arithmetic is bf16 and weights are fp32, those of linear layers are copied, once for
         all tokens. Old keys leave, too: masked ones have weight 0, but 0 times NaN is NaN."""
         self.filled = 0
-        for buffer in (self.column, self.real, *self.keys_and_values()):
+        for buffer in (self.column, self.real, *self.keys_and_values):
             buffer.zero_()
         E = self.policy.embeddings().detach()
         self.E = E if self.E is None or self.E.data_ptr() == E.data_ptr() else self.E.copy_(E)
@@ -417,11 +419,6 @@ class Engine:
             for layer, module in self.policy.model.base_model.named_modules():
                 for name, w in module.named_parameters() if isinstance(module, nn.Linear) else ():
                     self.weights.setdefault(f"{layer}.{name}", w.detach().bfloat16()).copy_(w)
-
-    def keys_and_values(self) -> list[Tensor]:
-        """Those of all layers, each [N, heads, L, width]."""
-        layers = [layer for layer in self.cache.layers if layer.is_initialized]
-        return [x for layer in layers for x in (layer.keys, layer.values)]
 
     def reserve(self, count: int) -> None:
         """Announce so many columns more: the width grows, so that attention reads them."""
@@ -440,7 +437,7 @@ class Engine:
 
     def arrange(self, order: Tensor) -> None:
         """Put into place i what place order[i] holds: order [places], also with repeats."""
-        for buffer in (self.row_at, self.real, *self.keys_and_values()):
+        for buffer in (self.row_at, self.real, *self.keys_and_values):
             buffer[: len(order)] = buffer[order]
 
     def begin(self, setting: Setting, hidden: Tensor, position=0, sigma=0.0, keep=False) -> None:

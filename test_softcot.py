@@ -930,7 +930,7 @@ def test_no_buffer_of_the_engine_moves_and_none_grows_while_rows_leave():
     def addresses():
         engine = policy.engine
         buffers = [x for k, x in vars(engine).items() if isinstance(x, torch.Tensor) and k != "columns"]
-        buffers += [*engine.keys_and_values(), *engine.buffers.values()]
+        buffers += [*engine.keys_and_values, *engine.buffers.values()]
         return {(x.data_ptr(), x.untyped_storage().nbytes()) for x in buffers}
 
     sample(policy, SETTINGS["soft_sample"], PROMPTS[2:], seeds_for(16), max_cot=40)
