@@ -1144,26 +1144,25 @@ def evaluate_all(policy: Policy, config: Config, tests: dict[str, list], stage: 
 
     Returns the figures by their names, those of the first task first. What --resume finds in path,
     of the same weights, is not done again."""
-    records, figures = json.loads(path.read_bytes()) if path.exists() else [], {}
+    rows, figures = json.loads(path.read_bytes()) if path.exists() else [], {}
+    records = {(row["stage"], row["task"], row["setting"]): row for row in rows}
     weights = sum(w.detach().float().sum().item() for w in policy.model.parameters())
     for task, problems in tests.items():
         print(f"\n{stage}, {task}, {config.eval_k} samples of each problem:")
         print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
         for name in config.eval_settings:
-            key = {"stage": stage, "task": task, "setting": name}
-            before = [row for row in records if key.items() <= row.items()]
-            if config.resume and before and before[0].get("weights") == weights:
-                scores = before[0]
-            else:
+            scores = records.get((stage, task, name), {})
+            if scores.get("weights") != weights:
+                scores = {"stage": stage, "task": task, "setting": name}
+                scores |= {"model": config.model or "toy", "weights": weights}
                 setting = settings_of(config)[name]
-                scores = evaluate(policy, problems, setting, config, config.eval_k)
+                scores |= evaluate(policy, problems, setting, config, config.eval_k)
+                records[stage, task, name] = scores
+                write_json(path, list(records.values()))
             n, ks, errors = scores["n"], scores["k"], scores["k_error"]
             line = f"{name:14} {ks['1']:7.3f} {errors['1']:6.3f} {ks[str(n)]:7.3f} {n:4d}"
             print(line, "{cot_len:8.1f} {stop_rate:5.2f} {cot_entropy:8.3f}".format(**scores))
             figures[f"{task} {name} pass@1"] = ks["1"]
-            records = [row for row in records if row not in before]
-            records.append({**key, "model": config.model or "toy", "weights": weights, **scores})
-            write_json(path, records)
     return figures
 
 
