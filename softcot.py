@@ -844,9 +844,6 @@ def round_by_chance(x: Tensor) -> Tensor:
     """fp32 to bf16, up or down with the chances that make the mean right: [..] -> [..].
 
     bf16 is the upper half of an fp32: add a random lower half, and cut the lower half off."""
-    if isinstance(x, DTensor):  # this process's share of it
-        share, split = round_by_chance(x.to_local()), (x.device_mesh, x.placements)
-        return DTensor.from_local(share, *split, shape=x.shape, stride=x.stride())
     bits = x.view(torch.int32) + torch.randint_like(x, 1 << 16, dtype=torch.int32)
     return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
@@ -861,10 +858,12 @@ class AdamW16(torch.optim.AdamW):
         """Update weights that have a gradient, one by one: few fp32 copies live at a time."""
         (group,) = self.param_groups
         beta1, beta2 = group["betas"]
+        own = lambda x: x.to_local() if isinstance(x, DTensor) else x  # this process's share
         for w in (w for w in group["params"] if w.grad is not None):
-            rounded = (w, self.state[w]["exp_avg"], self.state[w]["exp_avg_sq"])
+            state = self.state[w]
+            rounded = [own(x) for x in (w, state["exp_avg"], state["exp_avg_sq"])]
             exact, m, v = (x.float() for x in rounded)
-            adamw([exact], [w.grad.float()], [m], [v], [], [self.state[w]["step"]], beta1=beta1,
+            adamw([exact], [own(w.grad).float()], [m], [v], [], [state["step"]], beta1=beta1,
                   beta2=beta2, lr=group["lr"], eps=group["eps"], weight_decay=0.0, amsgrad=False,
                   maximize=False)
             for old, new in zip(rounded, (exact, m, v)):
