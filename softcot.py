@@ -385,7 +385,8 @@ class Engine:
     def __init__(self, policy: Policy, rows: int, columns: int, steps: int):
         """Room for rows N and columns L, and for phases of up to T steps."""
         zeros = partial(torch.zeros, device=policy.model.device)
-        self.policy, self.N, self.L, self.T = policy, rows, columns, steps
+        self.policy, self.room = policy, (rows, columns, steps)
+        self.N, self.L, self.T = self.room
         self.batch, self.width = rows, columns  # rows and columns in use
         self.filled = 0  # columns filled or reserved, as the host counts them
         self.real = zeros(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
@@ -513,11 +514,10 @@ class Engine:
 
 def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
     """The policy's engine, emptied; a larger one where that has too little room."""
-    old, block = policy.engine, BLOCK[policy.model.device.type]
+    block = BLOCK[policy.model.device.type]
     room = (rows, -(-columns // block) * block, steps)
-    has = (0, 0, 0) if old is None else (old.N, old.L, old.T)
+    has = (0, 0, 0) if policy.engine is None else policy.engine.room
     if any(more > some for more, some in zip(room, has)):
-        del old
         forget_engine(policy)  # before the new one takes its memory
         policy.engine = Engine(policy, *map(max, room, has))
     policy.engine.restart()
@@ -810,11 +810,9 @@ CHECKPOINTS = 20  # validations in a run, at least, if it has as many steps
 
 def prompts_of_step(problems: list[Problem], step: int, B: int, seed: int) -> list[Problem]:
     """The B problems of a step: a fresh shuffle each epoch, as a function of (seed, step) alone."""
-    chosen, n = [], len(problems)
-    for i in range(step * B, step * B + B):
-        order = np.random.default_rng([seed, i // n]).permutation(n)  # of epoch i // n
-        chosen.append(problems[order[i % n]])
-    return chosen
+    n = len(problems)
+    order = lambda epoch: np.random.default_rng([seed, epoch]).permutation(n)
+    return [problems[order(i // n)[i % n]] for i in range(step * B, step * B + B)]
 
 
 def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, setting: Setting,
@@ -950,9 +948,9 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     look: of so many rows the rollout gets the shadows, if they are soft or fuzzy."""
     peak_gib(policy.model.device)  # forget what was before
     start = time.perf_counter()
-    setting, answer_tau = settings_of(config)[f"{config.cot}_sample"], 1.0
+    setting = settings_of(config)[f"{config.cot}_sample"]
     r, rewards = rewarded(policy, problems, config.samples, (config.seed, TRAINING, step), setting,
-                          config.max_cot, config.max_answer, answer_tau)
+                          config.max_cot, config.max_answer, answer_tau=1.0)
     rollout_gib, rolled = peak_gib(policy.model.device), time.perf_counter()
     if r.cot.x is not None:  # before the weights change
         r.shadows = tuple(called_by(policy, shadow, r, n) for n in range(look))
@@ -1020,15 +1018,14 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
     every = max(1, config.steps // CHECKPOINTS)
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=config.cot,
                disable=rank() > 0)
-    saved, saving = time.perf_counter(), 0.0
+    due = 0.0  # when saving has had its share of the time again
     for step in bar:
         batch = prompts_of_step(problems, step, config.prompts, config.seed)
         last = step + 1 == config.steps
         now = (step + 1) % every == 0 or last
         rows = config.prompts * config.samples // processes()
         look = min(3, rows) if now or step == 0 else 0
-        how = (config, optimizer, schedule, look)
-        metrics, r, rewards = train_step(policy, batch, step, *how)
+        metrics, r, rewards = train_step(policy, batch, step, config, optimizer, schedule, look)
         append_jsonl(out / "metrics.jsonl", metrics)
         history.append(metrics)
         for n in range(look):
@@ -1041,16 +1038,14 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
             bar.set_postfix_str("validation")
             best = checkpoint(policy, config, out, held_out, step + 1, best)
         stop = stopping()
-        seldom = time.perf_counter() - saved > 20 * saving
-        if stop or last or gather(seldom)[0]:
+        start = time.perf_counter()
+        if stop or last or gather(start > due)[0]:
             bar.set_postfix_str("saving")
-            start = time.perf_counter()
             save_state(out / "state.pt", policy, optimizer, schedule, step + 1, best)
             if rank() == 0:
                 with replacing(out / "curves.png") as part:
                     plot_curves(history, config.cot, part)
-            saved = time.perf_counter()
-            saving = saved - start
+            due = start + 21 * (time.perf_counter() - start)  # 1 of saving, 20 of training
         if stop:
             raise Stopped
         hopeless = len(history) >= 10 and all(row["skipped"] for row in history[-10:])
@@ -1111,10 +1106,8 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
     for batch in progress("evaluation", batches, "batch"):
         if may_stop and stopping():
             raise Stopped
-        answer_tau = 0.0  # greedy
-        r, rewards = rewarded(
-            policy, batch, n, (config.seed, EVALUATION), setting, config.eval_max_cot,
-            config.max_answer, answer_tau, keep=False)
+        r, rewards = rewarded(policy, batch, n, (config.seed, EVALUATION), setting,
+                              config.eval_max_cot, config.max_answer, answer_tau=0.0, keep=False)
         counts += (rewards == 100).sum(axis=1).tolist()
         stopped += sum(r.stopped)
         T = r.cot.ids.shape[1]
