@@ -573,7 +573,7 @@ def rows_of(x, index: Tensor):
     if isinstance(x, (Phase, Rollout)):
         fields = {k: rows_of(v, index) for k, v in vars(x).items()}
         if isinstance(x, Phase):
-            end = int(fields["mask"].sum(1).max()) if len(index) else 0
+            end = fields["mask"].any(dim=0).sum().item()
             fields = {k: v if v is None else v[:, :end] for k, v in fields.items()}
         return type(x)(**fields)
     if isinstance(x, list):
@@ -956,10 +956,9 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
         r.shadows = tuple(called_by(policy, shadow, r, n) for n in range(look))
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [B*G]
-    advantages = advantages[rank() :: processes()]  # [N] of the rows of this process
+    advantages = advantages[rank() :: processes()].to(policy.model.device)  # [N] of this process
     advice = "out of GPU memory in the backward pass: lower --micro-batch, or add --dtype bf16"
     with explained(torch.OutOfMemoryError, advice):
-        advantages = advantages.to(policy.model.device)
         loss, gaps, moves = policy_gradient(policy, r, advantages, config.micro_batch)
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
     lr = schedule.get_last_lr()[0]
