@@ -442,17 +442,16 @@ class Engine:
             buffer[: len(order)] = buffer[order]
 
     def begin(self, setting: Setting, hidden: Tensor, position=0, sigma=0.0, keep=False) -> None:
-        """Start a phase of N rows, in their order: hidden [N, H] before it, noise of size sigma.
+        """Start a phase of the N rows: hidden [N, H] before it, noise of size sigma.
 
         position: that of its first step in the random streams. keep: also what the loss needs."""
-        self.setting, self.first, self.batch = setting, self.filled, len(hidden)
-        self.row_at[: self.batch] = torch.arange(self.batch, device=hidden.device)
+        self.setting, self.first = setting, self.filled
         self.kept = ["ids", "logp", "entropy"]
         if keep and setting.cot != "hard":
             self.kept += ["x", "eps"] if setting.noise else ["x"]
         if self.hidden is None:
             self.hidden = hidden.new_zeros(self.N, hidden.shape[1])
-        self.hidden[: self.batch] = hidden
+        self.hidden[: len(hidden)] = hidden
         self.sigma.fill_(sigma)
         self.position.fill_(position)
         self.t.zero_()
@@ -500,12 +499,11 @@ class Engine:
         """What the phase has made of the rows, up to the longest: copies.
 
         length: the real steps of each. What is behind them is masked, and all rows come back into
-        the batch, in their order."""
+        the batch."""
         self.batch, end = len(length), max(length)
-        self.arrange(self.row_at[: self.batch].argsort())
         steps = torch.arange(self.filled - self.first, device=self.real.device)
         mask = steps < torch.tensor(length, device=steps.device)[:, None]
-        self.real[: self.batch, self.first : self.filled] = mask
+        self.real[: self.batch, self.first : self.filled] = mask[self.row_at[: self.batch]]
         fields = {name: self.buffers[name][: self.batch, :end].clone() for name in self.kept}
         for name in ("ids", "logp", "entropy"):
             fields[name] *= mask[:, :end]
@@ -607,6 +605,7 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         hidden = last(engine.feed(engine.E[ids], mask), mask)  # [B, H]
         sigma = setting.noise * engine.E.float().square().mean().sqrt().item()
         engine.arrange(prompt_of)
+        engine.batch, engine.row_at[:N] = N, torch.arange(N, device=ids.device)
         engine.seeds[:N] = seeds
         engine.begin(setting, hidden[prompt_of], 0, sigma, keep)
         cot, stopped = generate(engine, N, max_cot, lambda text: STOP.strip() in text)
@@ -615,7 +614,9 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
         prefill_ids, prefill_mask = policy.tokenize(openings, begins=False)  # [N, F]
         engine.reserve(prefill_ids.shape[1])
-        hidden = last(engine.feed(engine.E[prefill_ids], prefill_mask), prefill_mask)  # [N, H]
+        here = engine.row_at[:N]  # rows that ended early have other places now
+        fed = engine.feed(engine.E[prefill_ids[here]], prefill_mask[here])
+        hidden = last(fed, prefill_mask[here])[here.argsort()]  # [N, H], in the order of rows again
         engine.begin(Setting("hard", answer_tau, 0.0), hidden, position=max_cot)
         answer, _ = generate(engine, N, max_answer, lambda text: boxed(text) is not None)
     answers = [policy.decode(row[real]) for row, real in zip(answer.ids, answer.mask)]
