@@ -889,16 +889,6 @@ def make_optimizer(policy: Policy, config: Config) -> tuple:
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def peak_gib(device: torch.device) -> float:
-    """Highest memory of a GPU in GiB since the last call; NaN elsewhere."""
-    if device.type != "cuda":
-        return math.nan
-    torch.cuda.synchronize(device)  # so that a clock read next has the time of the work
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak / 2**30
-
-
 def disagreement(gaps: Tensor, moves: Tensor) -> dict:
     """What metrics.jsonl says of how well rollout and loss agree; NaN if one of them is, or none.
 
@@ -947,12 +937,11 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     """One step of the algorithm; returns its metrics, rollout [N rows] and rewards [B, G].
 
     look: of so many rows the rollout gets the shadows, if they are soft or fuzzy."""
-    peak_gib(policy.model.device)  # forget what was before
     start = time.perf_counter()
     setting = settings_of(config)[f"{config.cot}_sample"]
     r, rewards = rewarded(policy, problems, config.samples, (config.seed, TRAINING, step), setting,
                           config.max_cot, config.max_answer, answer_tau=1.0)
-    rollout_gib, rolled = peak_gib(policy.model.device), time.perf_counter()
+    rolled = time.perf_counter()
     if r.cot.x is not None:  # before the weights change
         r.shadows = tuple(called_by(policy, shadow, r, n) for n in range(look))
 
@@ -972,15 +961,16 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
         optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    train_gib, trained = peak_gib(policy.model.device), time.perf_counter()
+    trained = time.perf_counter()
     figures = sampled(r, rewards)
     metrics = {
         "step": step + 1, **figures, "loss": loss, **disagreement(gaps, moves),
         "grad_norm": norm, "lr": lr, "skipped": skipped, "grader_timeouts": GRADER.timeouts,
         "rollout_s": rolled - start, "train_s": trained - rolled,
         "tokens_per_s": figures["tokens"] / (rolled - start),
-        "rollout_gib": rollout_gib, "train_gib": train_gib,
     }  # fmt: skip
+    if policy.model.device.type == "cuda":
+        metrics["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30  # the most so far
     return metrics, r, rewards
 
 

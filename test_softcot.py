@@ -1413,7 +1413,7 @@ def break_after(patch, step):
     patch.setattr(softcot, "append_jsonl", append)
 
 
-TIMES = ("rollout_s", "train_s", "tokens_per_s", "rollout_gib", "train_gib")
+TIMES = ("rollout_s", "train_s", "tokens_per_s")
 
 
 def test_a_state_saved_before_the_first_gradient_changes_nothing(tiny_folder, tmp_path):
@@ -1777,7 +1777,7 @@ def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model
     rows = read_lines(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 61))
     wanted = "reward success mixed_groups cot_len stop_rate cot_entropy loss grad_norm lr".split()
-    assert all(math.isfinite(row[key]) for row in rows for key in (*wanted, *TIMES[:3]))
+    assert all(math.isfinite(row[key]) for row in rows for key in (*wanted, *TIMES))
     assert max(row["logp_gap"] for row in rows) < 0.01
     for name in ("config.json", "samples.jsonl", "curves.png", "state.pt"):
         assert (out / name).stat().st_size > 100
@@ -2872,7 +2872,7 @@ sys.exit(softcot.main(sys.argv[1:]))"""
     environment = os.environ | {"PYTHONPATH": str(HERE), "SOFTCOT_DEBUG": "1"}
     done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert math.isnan(read_lines(tmp_path / "out" / "metrics.jsonl")[1]["train_gib"])
+    assert len(read_lines(tmp_path / "out" / "metrics.jsonl")) == 2
 
 
 def test_the_code_of_a_folder_is_never_run(tiny_folder, tmp_path, capsys):

@@ -97,8 +97,12 @@ class Lab:
             torch.cuda.synchronize()
 
     def peak(self) -> float:
-        """Highest memory in GiB since the last call."""
-        return softcot.peak_gib(torch.device(self.device))
+        """Highest memory of the GPU in GiB since the last call."""
+        if self.tiny:
+            return float("nan")
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return peak
 
 
 def row(what: str, figure: str, target: str = "") -> None:
