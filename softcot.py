@@ -379,8 +379,8 @@ def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
 class Engine:
     """Runs the model over the columns of up to N rows as they come, keeping keys and values.
 
-    The rows of a batch are in places 0 .. batch-1, and rows that have ended may be put behind them.
-    No buffer ever moves, and in step() the host reads no value, so a GPU can replay it."""
+    Rows 0 .. batch-1 of its buffers are run; rows that have ended may be put behind them. No buffer
+    ever moves, and in step() the host reads no value, so a GPU can replay it."""
 
     def __init__(self, policy: Policy, rows: int, columns: int, steps: int):
         """Room for rows N and columns L, and for phases of up to T steps."""
@@ -389,14 +389,14 @@ class Engine:
         self.N, self.L, self.T = self.room
         self.batch, self.width = rows, columns  # rows and columns in use
         self.filled = 0  # columns filled or reserved, as the host counts them
+        self.order = np.arange(rows)  # [N] the row that stands in each place
         self.real = zeros(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
-        self.row_at = zeros(rows, dtype=torch.int64)  # [N] the row in each place
         self.column = zeros(1, dtype=torch.int64)  # the next one
         self.t = zeros(1, dtype=torch.int64)  # the next position of the phase
         self.position = zeros(1, dtype=torch.int64)  # the same in the rows' random streams
         self.seeds = zeros(rows, dtype=torch.int64)  # [N] of these streams
         self.sigma = zeros(())
-        self.hidden, self.E = None, None  # [N, H] of the last column; [V, D]
+        self.hidden, self.E = None, None  # [N, H] of each row's last real column; [V, D]
         self.buffers = {}  # by name: the fields of Phase, [N, T, ...]; each phase is copied out
         self.steps, self.weights = {}, {}  # replays, by setting and shape; in bf16, by name
         alone = policy.model.device.type == "cuda" and not dist.is_initialized()
@@ -428,49 +428,55 @@ class Engine:
         self.width = min(self.L, -(-self.filled // block) * block)
 
     def feed(self, x: Tensor, real: Tensor) -> Tensor:
-        """Append columns x [batch, C, D], real [batch, C]; their hidden states [batch, C, H]."""
-        self.columns = self.column + torch.arange(x.shape[1], device=x.device)
-        self.real[: self.batch].index_copy_(1, self.columns, real)
-        used = self.real[: self.batch, : self.width]
+        """Append columns x [M, C, D] to the batch, and return their hidden states [M, C, H].
+
+        real [M, C]: in each row the real ones come first."""
+        M, C = real.shape
+        self.columns = self.column + torch.arange(C, device=x.device)
+        self.real[:M].index_copy_(1, self.columns, real)
+        used = self.real[:M, : self.width]
         hidden = self.policy.run(x, used, self.columns, self.cache, self.weights)
-        self.column += x.shape[1]
+        if self.hidden is None:
+            self.hidden = hidden.new_zeros(self.N, hidden.shape[2])
+        self.hidden[:M] = hidden[torch.arange(M, device=x.device), real.sum(1) - 1]
+        self.column += C
         return hidden
 
-    def arrange(self, order: Tensor) -> None:
-        """Put into place i what place order[i] holds: order [places], also with repeats."""
-        for buffer in (self.row_at, self.real, *self.keys_and_values):
-            buffer[: len(order)] = buffer[order]
+    def arrange(self, places: np.ndarray) -> None:
+        """Put into place i what stands in places[i], of all that is kept for each row."""
+        self.order[: len(places)] = self.order[places]
+        index = torch.from_numpy(places).to(self.real.device)
+        kept = (self.real, self.seeds, self.hidden, *self.buffers.values(), *self.keys_and_values)
+        for buffer in kept:
+            buffer[: len(places)] = buffer[index]
 
-    def begin(self, setting: Setting, hidden: Tensor, position=0, sigma=0.0, keep=False) -> None:
-        """Start a phase of the N rows: hidden [N, H] before it, noise of size sigma.
+    def begin(self, setting: Setting, position=0, sigma=0.0, keep=False) -> None:
+        """Start a phase of the rows in the batch, with noise of size sigma.
 
         position: that of its first step in the random streams. keep: also what the loss needs."""
-        self.setting, self.first = setting, self.filled
+        self.setting, self.first, self.order = setting, self.filled, np.arange(self.N)
         self.kept = ["ids", "logp", "entropy"]
         if keep and setting.cot != "hard":
             self.kept += ["x", "eps"] if setting.noise else ["x"]
-        if self.hidden is None:
-            self.hidden = hidden.new_zeros(self.N, hidden.shape[1])
-        self.hidden[: len(hidden)] = hidden
         self.sigma.fill_(sigma)
         self.position.fill_(position)
         self.t.zero_()
 
     def step(self) -> None:
         """One position of the rows in the batch: make the next input, write it down, feed it."""
-        here, t = self.row_at[: self.batch], self.t  # [M], [1]
-        u, eps = draw(self.seeds[here], self.position, self.E.shape[1] * (self.setting.noise > 0))
-        logits = self.policy.head(self.hidden[here])  # [M, V]
+        M = self.batch
+        u, eps = draw(self.seeds[:M], self.position, self.E.shape[1] * (self.setting.noise > 0))
+        logits = self.policy.head(self.hidden[:M])  # [M, V]
         eps = eps if self.setting.noise else None
         made = next_input(logits, self.setting, self.E, self.sigma, eps, u)
         for name in self.kept:
             value = getattr(made, name)
             if name not in self.buffers:
                 self.buffers[name] = value.new_zeros(self.N, self.T, *value.shape[1:])
-            self.buffers[name][here, t] = value
-        real = here.new_ones(len(here), 1, dtype=torch.bool)  # what is not, phase() masks
-        self.hidden[here] = self.feed(made.x[:, None], real)[:, 0]
-        t += 1
+            self.buffers[name][:M].index_copy_(1, self.t, value[:, None])
+        real = torch.ones_like(made.ids[:, None], dtype=torch.bool)  # what is not, phase() masks
+        self.feed(made.x[:, None], real)
+        self.t += 1
         self.position += 1
 
     def run_step(self) -> None:
@@ -485,25 +491,25 @@ class Engine:
             self.step()
 
     def go_on(self, rows: list[int]) -> None:
-        """These alone need go on: if they are at most half of the batch, halve it."""
+        """These rows alone need go on: if they are at most half of the batch, halve it."""
         batch = self.batch
         while SMALLEST[self.real.device.type] < batch and 2 * len(rows) <= batch:
             batch = -(-batch // 2)
         if batch < self.batch:
-            here = self.row_at[: self.batch, None]  # [M, 1]
-            ended = (here != torch.tensor(rows, device=here.device)).all(dim=1)  # [M]
-            self.arrange(ended.int().argsort(stable=True))  # who goes on is in front now
+            ended = ~np.isin(self.order[: self.batch], rows)
+            self.arrange(np.argsort(ended, kind="stable"))  # who goes on is in front now
             self.batch = batch
 
     def phase(self, length: list[int]) -> Phase:
         """What the phase has made of the rows, up to the longest: copies.
 
-        length: the real steps of each. What is behind them is masked, and all rows come back into
-        the batch."""
+        length: the real steps of each. What is behind them is masked, and all rows are in the batch
+        again, in their order."""
         self.batch, end = len(length), max(length)
+        self.arrange(np.argsort(self.order[: self.batch]))
         steps = torch.arange(self.filled - self.first, device=self.real.device)
         mask = steps < torch.tensor(length, device=steps.device)[:, None]
-        self.real[: self.batch, self.first : self.filled] = mask[self.row_at[: self.batch]]
+        self.real[: self.batch, self.first : self.filled] = mask
         fields = {name: self.buffers[name][: self.batch, :end].clone() for name in self.kept}
         for name in ("ids", "logp", "entropy"):
             fields[name] *= mask[:, :end]
@@ -579,11 +585,6 @@ def rows_of(x, index: Tensor):
     return x[index] if isinstance(x, Tensor) else x
 
 
-def last(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Of right-padded hidden [N, C, H] that of each row's last real column: [N, H]."""
-    return hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
-
-
 @torch.no_grad()
 def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting, max_cot: int,
             max_answer: int, answer_tau: float, keep: bool = True) -> Rollout:
@@ -594,7 +595,7 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
     Returns N rows, as long as the longest of them."""
     different = list(dict.fromkeys(prompts))  # B texts
     ids, mask = policy.tokenize(different)  # [B, P]
-    prompt_of = torch.tensor([different.index(text) for text in prompts], device=ids.device)  # [N]
+    prompt_of = np.array([different.index(text) for text in prompts])  # [N]
     N, P = len(prompts), ids.shape[1]
     max_prefill = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # F at most
     columns = P + max_cot + max_prefill + max_answer
@@ -602,22 +603,19 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         engine = engine_with(policy, N, columns, max(max_cot, max_answer))
         engine.batch = len(different)
         engine.reserve(P)
-        hidden = last(engine.feed(engine.E[ids], mask), mask)  # [B, H]
+        engine.feed(engine.E[ids], mask)
         sigma = setting.noise * engine.E.float().square().mean().sqrt().item()
         engine.arrange(prompt_of)
-        engine.batch, engine.row_at[:N] = N, torch.arange(N, device=ids.device)
-        engine.seeds[:N] = seeds
-        engine.begin(setting, hidden[prompt_of], 0, sigma, keep)
+        engine.batch, engine.seeds[:N] = N, seeds
+        engine.begin(setting, 0, sigma, keep)
         cot, stopped = generate(engine, N, max_cot, lambda text: STOP.strip() in text)
         cots = [policy.decode(row[real]) for row, real in zip(cot.ids, cot.mask)]
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
         openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
         prefill_ids, prefill_mask = policy.tokenize(openings, begins=False)  # [N, F]
         engine.reserve(prefill_ids.shape[1])
-        here = engine.row_at[:N]  # rows that ended early have other places now
-        fed = engine.feed(engine.E[prefill_ids[here]], prefill_mask[here])
-        hidden = last(fed, prefill_mask[here])[here.argsort()]  # [N, H], in the order of rows again
-        engine.begin(Setting("hard", answer_tau, 0.0), hidden, position=max_cot)
+        engine.feed(engine.E[prefill_ids], prefill_mask)
+        engine.begin(Setting("hard", answer_tau, 0.0), position=max_cot)
         answer, _ = generate(engine, N, max_answer, lambda text: boxed(text) is not None)
     answers = [policy.decode(row[real]) for row, real in zip(answer.ids, answer.mask)]
     return Rollout(setting, sigma, ids[prompt_of], mask[prompt_of], prefill_ids, prefill_mask,
@@ -635,20 +633,23 @@ def generate(engine: Engine, N: int, T: int, is_done: Callable[[str], bool]) -> 
     Returns the Phase and which rows were done. The text is looked at now and then; what a row went
     on with behind its end is masked out."""
     policy, look = engine.policy, LOOK[engine.real.device.type]
-    texts, finished, length, going, seen = [""] * N, [False] * N, [T] * N, list(range(N)), 0
+    texts, finished, length, seen = [""] * N, [False] * N, [T] * N, 0
     for t in progress(f"sampling, {N} rows", range(1, T + 1), "token"):  # steps so far
         engine.run_step()
         if t % look and t < T:
             continue
-        tokens = engine.buffers["ids"][:N, seen:t].tolist()
-        for n in going:
-            for i, token in enumerate(tokens[n], start=seen + 1):
+        running = engine.order[: engine.batch].tolist()
+        tokens = engine.buffers["ids"][: engine.batch, seen:t].tolist()
+        for n, new in zip(running, tokens):
+            if length[n] <= seen:  # it had ended before
+                continue
+            for i, token in enumerate(new, start=seen + 1):
                 texts[n] += policy.piece(token)
                 finished[n] = is_done(texts[n])
                 if finished[n] or token in policy.end_ids:
                     length[n] = i
                     break
-        going, seen = [n for n in going if length[n] > t], t
+        seen, going = t, [n for n in running if length[n] > t]
         if not going:
             break
         engine.go_on(going)

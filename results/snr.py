@@ -188,6 +188,7 @@ def main(arguments=None) -> None:
     """Both tables, and the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--modes", nargs="+", default=["hard", "soft", "fuzzy"], help="whose n0")
     parser.add_argument("--sketch", type=int, default=SKETCH, help="numbers kept of a gradient")
     parser.add_argument("--out", type=Path, help="append the figures to this .jsonl file")
     given, flags = parser.parse_known_args(arguments)
@@ -209,6 +210,7 @@ def main(arguments=None) -> None:
     for tau in (1e-4, 0.1):
         fuzzy = dataclasses.replace(softcot.SETTINGS["fuzzy_sample"], tau=tau)
         settings[f"fuzzy tau {tau:g}"] = fuzzy
+    settings = {name: x for name, x in settings.items() if x.cot in given.modes}
     rows = lab.signal(settings, given.sketch)
     print("| mode | success | n0 of the CoT's score | n0 of the answers' score | batches |")
     print("|---|---|---|---|---|")
