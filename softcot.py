@@ -774,13 +774,14 @@ def affordable_tokens(policy: Policy) -> int:
 
 
 def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
-                    micro_batch: Optional[int] = None) -> tuple[float, Tensor, Tensor]:
-    """Add the gradient of -(1/N) sum_n A_n l_n to the parameters (eqs 8, 13-15); return the loss.
+                    micro_batch: Optional[int] = None) -> dict:
+    """Add the gradient of -(1/N) sum_n A_n l_n to the parameters (eqs 8, 13-15).
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
-    the whole rollout, so micro_batch (tokens at a time) changes no gradient but for rounding. Also
-    returned, of the real positions of rows with A != 0, one after another: the distance of each
-    hard token's log-probability from the rollout's, in nats, and of each soft mean, in sigma."""
+    the whole rollout, so micro_batch (tokens at a time) changes no gradient but for rounding.
+    Returns the loss, and of rows with A != 0 how far rollout and loss are apart, NaN if one is:
+    logp_gap: the largest distance of a hard token's log-probability, in nats (answers, too);
+    mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
     loss, gaps, moves = 0.0, [], []
     # with one process gather(x) is [x], and called_by(policy, f, x) is f(policy, x)
     N = sum(gather(len(advantages))) / processes()  # FSDP2 takes the mean of the gradients
@@ -799,7 +800,12 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     none = [torch.zeros(0)]
     own = (loss, torch.cat(gaps or none).abs().cpu(), torch.cat(moves or none).cpu())
     losses, gaps, moves = zip(*gather(own))
-    return float(np.mean(losses)), torch.cat(gaps), torch.cat(moves)
+    gaps, moves = torch.cat(gaps).numpy(), torch.cat(moves).numpy()
+    stats = {"loss": float(np.mean(losses)), "logp_gap": float(gaps.max(initial=0.0))}
+    if len(moves):
+        names = ("mean_moved", "mean_moved_p99", "mean_moved_max")
+        stats |= dict(zip(names, np.quantile(moves, [0.5, 0.99, 1.0]).tolist()))
+    return stats
 
 
 # ---- 7. Training: the optimiser, a step, the loop -----------------------------------------------
@@ -890,18 +896,6 @@ def make_optimizer(policy: Policy, config: Config) -> tuple:
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def disagreement(gaps: Tensor, moves: Tensor) -> dict:
-    """What metrics.jsonl says of how well rollout and loss agree; NaN if one of them is, or none.
-
-    logp_gap: largest distance of a hard token's log-probability, in nats (of the answers in every
-    mode). mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
-    stats = {"logp_gap": gaps.max().item() if len(gaps) else 0.0}
-    if len(moves):
-        quantiles = np.quantile(moves.numpy(), [0.5, 0.99, 1.0]).tolist()
-        stats |= dict(zip(("mean_moved", "mean_moved_p99", "mean_moved_max"), quantiles))
-    return stats
-
-
 def sampled(r: Rollout, rewards: np.ndarray) -> dict:
     """What metrics.jsonl says of the rollouts of all processes and their rewards [B, G]."""
     tokens, answer_tokens = (phase.mask.sum().item() for phase in (r.cot, r.answer))
@@ -950,13 +944,13 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     advantages = advantages[rank() :: processes()].to(policy.model.device)  # [N] of this process
     advice = "out of GPU memory in the backward pass: lower --micro-batch, or add --dtype bf16"
     with explained(torch.OutOfMemoryError, advice):
-        loss, gaps, moves = policy_gradient(policy, r, advantages, config.micro_batch)
+        fit = policy_gradient(policy, r, advantages, config.micro_batch)
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
     lr = schedule.get_last_lr()[0]
-    skipped = not math.isfinite(norm + loss)
+    skipped = not math.isfinite(norm + fit["loss"])
     if skipped:
         ids = [problem.id for problem in problems]
-        tqdm.write(f"step {step + 1} skipped: loss {loss}, gradient {norm}; prompts {ids}")
+        tqdm.write(f"step {step + 1} skipped: loss {fit['loss']}, gradient {norm}; prompts {ids}")
     else:
         torch.manual_seed(row_seeds([(config.seed, ROUNDING, step)]).item())  # of AdamW16's
         optimizer.step()
@@ -965,8 +959,8 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     trained = time.perf_counter()
     figures = sampled(r, rewards)
     metrics = {
-        "step": step + 1, **figures, "loss": loss, **disagreement(gaps, moves),
-        "grad_norm": norm, "lr": lr, "skipped": skipped, "grader_timeouts": GRADER.timeouts,
+        "step": step + 1, **figures, **fit, "grad_norm": norm, "lr": lr, "skipped": skipped,
+        "grader_timeouts": GRADER.timeouts,
         "rollout_s": rolled - start, "train_s": trained - rolled,
         "tokens_per_s": figures["tokens"] / (rolled - start),
     }  # fmt: skip

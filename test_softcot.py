@@ -1008,7 +1008,7 @@ def test_pass_at_k_equals_brute_force_over_all_subsets():
 
 def gradient_of(policy, r, advantages, micro_batch):
     policy.model.zero_grad()
-    loss, *_ = softcot.policy_gradient(policy, r, advantages, micro_batch)
+    loss = softcot.policy_gradient(policy, r, advantages, micro_batch)["loss"]
     grads = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
     return loss, grads
 
@@ -2596,7 +2596,7 @@ def test_the_solution_about_length_weighs_a_row_by_its_tokens(changed):
     r = module.rollout(policy, PROMPTS, seeds_for(3), SETTINGS["soft_sample"], 12, 5, 1.0)
     cot, answer, _ = softcot.log_probs(policy, r)
     tokens = r.cot.mask.sum(1) + r.answer.mask.sum(1)
-    loss, _, _ = module.policy_gradient(policy, r, advantages)
+    loss = module.policy_gradient(policy, r, advantages)["loss"]
     wanted = -(advantages * (cot.sum(1) + answer.sum(1)) / tokens).mean().item()
     assert loss == pytest.approx(wanted, rel=1e-4)
 

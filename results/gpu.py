@@ -171,14 +171,12 @@ def gradients(lab: Lab) -> None:
             r = lab.rollout(policy, name, rows=8, cot=min(64, lab.cot))
             if not exact:
                 reference = r
-            found = {}
-            for which, batch in (("own", r), ("reference", reference)):
-                policy.model.zero_grad()
-                _, gaps, moves = softcot.policy_gradient(policy, batch, mixed_advantages(batch))
-                found[which] = (gaps, moves)
+            stats = softcot.policy_gradient(policy, r, mixed_advantages(r))
+            del stats["loss"]
+            policy.model.zero_grad()
+            softcot.policy_gradient(policy, reference, mixed_advantages(reference))
             weights = [w.grad.flatten() for n, w in policy.model.named_parameters() if "layers" in n]
-            gradient, (gaps, moves) = torch.cat(weights), found["own"]
-            stats = softcot.disagreement(gaps, moves)
+            gradient = torch.cat(weights)
             figure = " ".join(f"{key} {value:.3g}" for key, value in stats.items())
             if exact:
                 cosine = torch.cosine_similarity(gradient, exact["fp32"], dim=0).item()
