@@ -31,7 +31,7 @@ Where the paper is silent or ambiguous, and where this differs from it: see the 
 
 from __future__ import annotations
 
-import argparse, dataclasses, datetime, gc, json, math, os, re, shlex, shutil
+import argparse, atexit, dataclasses, datetime, gc, json, math, os, re, shlex, shutil
 import signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -1657,17 +1657,11 @@ def join() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
     dist.init_process_group(timeout=datetime.timedelta(hours=2))
+    # a thread of gloo's that still holds a tensor as Python ends would abort it: pytorch#179291
+    atexit.register(dist.destroy_process_group)
+    atexit.register(gc.collect)  # comes before the other one: the last in is the first out
     if rank():
         sys.stdout = open(os.devnull, "w")
-
-
-def part_company() -> None:
-    """Leave the other processes, once the model is gone: threads of gloo's end before Python does.
-
-    One that still held a tensor would abort the process: pytorch#179291."""
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
 
 
 def shard(policy: Policy, config: Config) -> Policy:
@@ -1993,5 +1987,3 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit("Stopped at once; a run goes on from its last saved state with --resume")
-    finally:
-        part_company()

@@ -3177,7 +3177,7 @@ def test_several_processes_train_bf16_weights(tied_folder, tmp_path):
 
 
 def test_several_processes_part_before_python_ends(tmp_path):
-    """Without part_company() three of five such runs end by SIGABRT, in a thread of gloo's."""
+    """Without what join() registers three of five such runs end by SIGABRT, in a thread of gloo's."""
     script = tmp_path / "meet.py"
     script.write_text("""
 import softcot, torch
@@ -3187,8 +3187,6 @@ dist.init_device_mesh("cpu", (3,))
 for i in range(30):
     softcot.gather(i)
     dist.all_gather_into_tensor(torch.empty(3000), torch.randn(1000))
-softcot.part_company()
-assert softcot.processes() == 1
 """)
     for _ in range(2):
         process = torchrun(3, [sys.executable, str(script)])
