@@ -1831,6 +1831,7 @@ def filled(config: Config) -> tuple[Config, str]:
     mode = SETTINGS[f"{config.cot}_sample"]
     defaults = {
         **task.defaults,
+        "eval_max_cot": config.max_cot or task.defaults["eval_max_cot"],
         **{"lr": lr for name, lr in PAPER_LR.items() if name in (config.model or "").lower()},
         "tau": task.fuzzy_tau if config.cot == "fuzzy" else mode.tau,
         "sigma_scale": mode.noise or None,
@@ -1841,8 +1842,6 @@ def filled(config: Config) -> tuple[Config, str]:
         # threads wait for each other: for so small a model two are slower on a busy machine
         "threads": 1 if config.model is None else torch.get_num_threads(),
     }
-    if config.max_cot is not None:
-        defaults["eval_max_cot"] = config.max_cot
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None and v is not None}
     words = (f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
              for name, value in missing.items())  # fmt: skip
