@@ -1744,9 +1744,6 @@ def stopping() -> bool:
 # ---- 14. Configuration and main -----------------------------------------------------------------
 # One flag a field; what is left out is filled in from the task, the mode and the machine.
 
-DTYPES = ("fp32", "bf16-mixed", "bf16")
-
-
 def option(default, text: str, **how):
     """A Config field: its default, the text of --help, and what else argparse is to know."""
     return dataclasses.field(default=default, metadata={"help": text, **how})
@@ -1780,8 +1777,8 @@ class Config:
     eval_k: int = option(None, "samples a problem in evaluation, for pass@k")
     eval_limit: int = option(None, "test problems to evaluate; 0 skips all evaluation")
     micro_batch: int = option(None, "tokens in one backward pass (default: as memory allows)")
-    dtype: str = option(
-        None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic", choices=DTYPES)
+    dtype: str = option(None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic",
+                        choices=("fp32", "bf16-mixed", "bf16"))
     device: str = option(None, "cuda, mps, cpu (default: the first there is; toy: cpu)")
     threads: int = option(None, "CPU threads (default: 1 for the toy, else PyTorch's)")
 

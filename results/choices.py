@@ -95,7 +95,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path)
     parser.add_argument("task", choices=CHOICES)
     parser.add_argument("--data-dir", default=argparse.SUPPRESS)
-    parser.add_argument("--dtype", choices=softcot.DTYPES, default=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=("fp32", "bf16-mixed", "bf16"), default=argparse.SUPPRESS)
     parser.add_argument("--device", default=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, default=128, help="questions")
     given = parser.parse_args(arguments)
