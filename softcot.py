@@ -1970,9 +1970,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
         return 2
     except Stopped:
         again = [] if config.resume else ["--resume"]
-        several = ["torchrun", "--nproc-per-node", str(processes())]
-        start = several if processes() > 1 else ["python"]
-        print("Stopped. To go on:", shlex.join([*start, "softcot.py", *arguments, *again]))
+        start = f"torchrun --nproc-per-node {processes()}" if processes() > 1 else "python"
+        print("Stopped. To go on:", start, shlex.join(["softcot.py", *arguments, *again]))
     return 0
 
 
