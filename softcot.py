@@ -1952,13 +1952,12 @@ def run(config: Config) -> str:
     return f"{name} {before[name]:.3f} -> {after[name]:.3f} {last}, figures and tables in {out}"
 
 
-def main(arguments: Optional[list[str]] = None) -> int:
+def main(arguments: list[str]) -> int:
     """Parse, run, and turn a user's mistake into one line and exit status 2, a signal into 0.
 
     With the environment variable SOFTCOT_DEBUG set, mistakes have their tracebacks."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(arguments)
         print(run(config))
@@ -1979,6 +1978,6 @@ if __name__ == "__main__":
     if "RANK" in os.environ:  # torchrun started this process
         join()
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit("Stopped at once; a run goes on from its last saved state with --resume")
