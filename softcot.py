@@ -1789,8 +1789,6 @@ class Config:
                 require(value >= low, f"{flag(name)} {value} is too small: give {low} or more")
             if type(value) is float:
                 require(0 < value < math.inf, f"{flag(name)} {value}: give a positive number")
-        for task in (self.task, *(self.eval_tasks or ())):
-            task_named(task)
         if self.eval_only:
             require(self.eval_limit != 0, "--eval-limit 0 leaves --eval-only nothing to do")
         else:
