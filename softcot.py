@@ -1548,16 +1548,13 @@ def check_policy(policy: Policy, close: float) -> None:
         first = engine.feed(x[:, :3], real[:, :3])
         hidden = torch.cat([first, engine.feed(x[:, 3:], real[:, 3:])], dim=1)
         alike(x, before, "inputs, which the model changes: they")
-        for row in (0, 1):
-            kept = x[row, real[row]][None]
-            plain = model.base_model(inputs_embeds=kept, use_cache=False).last_hidden_state[0]
-            alike(hidden[row, real[row]], plain, "hidden states")
-        logits, head = model(inputs_embeds=kept, use_cache=False).logits[0], policy.head(plain)
-        assert head.shape == logits.shape, "the head gives another number of logits"
+        rows = [row[kept][None] for row, kept in zip(x, real)]
+        logits = torch.cat([model(inputs_embeds=row, use_cache=False).logits[0] for row in rows])
         assert logits.shape[-1] <= len(E), "the head knows tokens that have no embedding"
+        head = policy.head(hidden[real])  # [M, V], as logits
         factor = ((logits.float() * head).sum() / head.square().sum()).item()
         policy.logit_scale = factor if abs(factor - 1) > close else 1.0
-        alike(policy.head(plain), logits, "logits")
+        alike(policy.head(hidden[real]), logits, "logits of mixtures")
 
 
 # ---- 11. Files ----------------------------------------------------------------------------------
