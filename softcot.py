@@ -1300,12 +1300,11 @@ def same_number(answer: str, gold: str) -> bool:
 
 def boxed(text: str) -> Optional[str]:
     """What stands in a box whose `\\boxed{` was just opened, or None while it is still open."""
-    depth, escaped = 1, False
-    for i, char in enumerate(text):
-        depth += 0 if escaped else (char == "{") - (char == "}")
-        escaped = char == "\\" and not escaped
+    depth = 1
+    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += (found[0] == "{") - (found[0] == "}")
         if depth == 0:
-            return text[:i]
+            return text[: found.start()]
     return None
 
 
