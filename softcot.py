@@ -1320,8 +1320,7 @@ def gold_answer(row: dict) -> str:
     OlympiadBench has a list, `$69$,$84$` -> `69, 84`, and maybe an error: `4.2 within 1e-1`; MATH
     only the last box of a `solution`. None and NaN are no answer; of a list all are asked for."""
     if "solution" in row and "answer" not in row and "final_answer" not in row:
-        _, found, after = row["solution"].rpartition(BOX)
-        return (boxed(after) or "").strip() if found else ""
+        return (boxed(row["solution"].rpartition(BOX)[2]) or "").strip()
     answer = row["final_answer"] if "final_answer" in row else row["answer"]
     if isinstance(answer, list):
         answers = ",".join(map(str, answer)).replace("$", "")
