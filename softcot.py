@@ -1407,8 +1407,8 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     Validation problems (and test problems, where the task has no test split) are held out of the
     training split, always the same. Repeated questions and rows without an answer are skipped."""
     task = task_named(name)
-    if not name.startswith("toy"):
-        task.equal("1/2", "2")  # a grader that can't start says so now, not in the middle of a run
+    if task.prompt == PROMPT:  # not for the toy, which needs no grader
+        task.equal("1/2", "2")  # one that can't start says so now, not in the middle of a run
     source = "test" if split == "test" and task.test else "train"
     rows, by_prompt, answerless = read_rows(config, name, source), {}, 0
     errors = (KeyError, TypeError, AttributeError, UnicodeError)
