@@ -234,6 +234,7 @@ class Policy:
     mixed: bool = False  # bf16 arithmetic on fp32 weights
     logit_scale: float = 1.0  # what the model multiplies its head's output by (Granite, Cohere)
     engine: Optional[Engine] = None  # that of the last rollout, for the next one
+    call: Callable = lambda function, *arguments: function(*arguments)  # shard() has another one
 
     def arithmetic(self):
         """The context in which rollout and loss both run the model.
@@ -783,12 +784,12 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     logp_gap: the largest distance of a hard token's log-probability, in nats (answers, too);
     mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
     loss, gaps, moves = 0.0, [], []
-    # with one process gather(x) is [x], and called_by(policy, f, x) is f(policy, x)
+    # with one process gather(x) is [x], and policy.call(f, x) is f(x)
     N = sum(gather(len(advantages))) / processes()  # FSDP2 takes the mean of the gradients
     parts = micro_batches(r, advantages, micro_batch or affordable_tokens(policy))
     for index, advantage in progress("gradient", parts, "part"):
         part = rows_of(r, index)
-        cot, answer, moved = called_by(policy, log_probs, part)  # [M, T], [M, A], [M, T]
+        cot, answer, moved = policy.call(log_probs, policy, part)  # [M, T], [M, A], [M, T]
         part_loss = -(advantage * (cot.sum(1) + answer.sum(1))).sum() / N
         part_loss.backward()
         loss += part_loss.item()
@@ -938,7 +939,7 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
                           config.max_cot, config.max_answer, answer_tau=1.0)
     rolled = time.perf_counter()
     if r.cot.x is not None:  # before the weights change
-        r.shadows = tuple(called_by(policy, shadow, r, n) for n in range(look))
+        r.shadows = tuple(policy.call(shadow, policy, r, n) for n in range(look))
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [B*G]
     advantages = advantages[rank() :: processes()].to(policy.model.device)  # [N] of this process
@@ -1667,16 +1668,11 @@ def shard(policy: Policy, config: Config) -> Policy:
         if isinstance(module, GradientCheckpointingLayer):
             fsdp.fully_shard(module, mesh=mesh)
     fsdp.fully_shard(policy.model, mesh=mesh, reshard_after_forward=True)
-    policy.model.call = lambda function, *arguments: function(*arguments)
-    fsdp.register_fsdp_forward_method(policy.model, "call")
-    policy.model.call(lambda: None)  # FSDP2 takes what is called first for the whole model
+    policy.model.call = policy.call
+    fsdp.register_fsdp_forward_method(policy.model, "call")  # gathers weights, sees the backward
+    policy.call = policy.model.call
+    policy.call(lambda: None)  # FSDP2 takes what is called first for the whole model
     return policy
-
-
-def called_by(policy: Policy, function: Callable, *arguments):
-    """function(policy, *arguments), so that FSDP2 gathers weights and sees the backward pass."""
-    call = policy.model.call if processes() > 1 else lambda f, *a: f(*a)
-    return call(function, policy, *arguments)
 
 
 @contextmanager
