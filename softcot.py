@@ -1100,8 +1100,6 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
         reached[:T] += r.cot.mask.sum(0).cpu().numpy()
         nats[:T] += r.cot.entropy.double().sum(0).cpu().numpy()
     stopped, reached, nats = (sum(x) for x in zip(*gather((stopped, reached, nats))))
-    longest = np.count_nonzero(reached)
-    reached, nats = reached[:longest], nats[:longest]
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
     passed = {str(k): [pass_at_k(n, c, k) for c in counts] for k in ks}
     samples = n * len(problems)
@@ -1110,7 +1108,7 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
         "k": {k: float(np.mean(values)) for k, values in passed.items()},
         "k_error": {k: float(np.std(v) / max(1, len(v) - 1) ** 0.5) for k, v in passed.items()},
         "cot_entropy": float(nats.sum() / reached.sum()),
-        "entropy_by_position": (nats / reached).round(4).tolist(),
+        "entropy_by_position": (nats[reached > 0] / reached[reached > 0]).round(4).tolist(),
         "cot_len": float(reached.sum() / samples),
         "stop_rate": stopped / samples,
     }
