@@ -1945,8 +1945,7 @@ def main(arguments: list[str]) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        config = parse(arguments)
-        print(run(config))
+        print(run(parse(arguments)))
     except UserError as error:
         if os.environ.get("SOFTCOT_DEBUG"):
             raise
@@ -1954,7 +1953,7 @@ def main(arguments: list[str]) -> int:
         print(f"{who}: {error}", file=sys.stderr)
         return 2
     except Stopped:
-        again = [] if config.resume else ["--resume"]
+        again = [] if "--resume" in arguments else ["--resume"]
         start = f"torchrun --nproc-per-node {processes()}" if processes() > 1 else "python"
         print("Stopped. To go on:", start, shlex.join(["softcot.py", *arguments, *again]))
     return 0
