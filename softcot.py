@@ -1461,9 +1461,7 @@ def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Pro
 
 
 def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, list]]:
-    """Problems to train on and to validate with, and for each of --eval-tasks those to test on.
-
-    All that can be wrong with data is found here, before a file is touched."""
+    """Problems to train on and to validate with, and for each of --eval-tasks those to test on."""
     train, held_out, tests = [], [], {}
     if not config.eval_only:
         train = fitting(policy, load_problems(config, config.task, "train"), config)
@@ -1854,9 +1852,7 @@ def parse(arguments: list[str]) -> Config:
 
 
 def check_folder(config: Config, out: Path) -> None:
-    """UserError unless --out-dir is new, or --resume goes on with what was started there.
-
-    Nothing that is there may get lost; settings that change the result must be the same."""
+    """UserError unless --out-dir is new, or --resume goes on with what was started there."""
     there = out / "config.json"
     inside = config.model and Path(config.model).resolve() in out.resolve().parents
     require(not inside, f"--out-dir {out} is in the folder of --model: name another one")
@@ -1883,15 +1879,13 @@ def check_disk(policy: Policy, out: Path) -> None:
 
 
 def noise_advice(config: Config, figures: dict[str, float]) -> str:
-    """What the noise costs the base, and whether that is too little or too much; or nothing.
-
-    The two limits were measured: see results/README.md."""
+    """What the noise costs the base, and whether that is too little or too much; or nothing."""
     names = [f"{config.task} {config.cot}_{kind} pass@1" for kind in ("greedy", "sample")]
     if config.cot == "hard" or not all(name in figures for name in names):
         return ""
     without, with_noise = (figures[name] for name in names)
     text = f"noise {config.sigma_scale:g}: success {with_noise:.3f}, without it {without:.3f}"
-    if with_noise > 0.85 * without:
+    if with_noise > 0.85 * without:  # both limits were measured: see results/README.md
         text += ": perhaps too little to explore; see mixed_groups, or raise --sigma-scale"
     if with_noise < 0.01:
         text += ": too much to find what is right; try a lower --sigma-scale"
@@ -1912,7 +1906,7 @@ def run(config: Config) -> str:
         import toy_tasks
         source = str(toy_tasks.base_model(Path("runs/toy-base")))
     policy = load_policy(config, source)
-    problems, held_out, tests = load_data(policy, config)
+    problems, held_out, tests = load_data(policy, config)  # finds mistakes before a file is touched
     if not (config.eval_only or config.resume):
         check_disk(policy, out)
     with explained(OSError, f"--out-dir {out}: can't be made"):
@@ -1939,15 +1933,13 @@ def run(config: Config) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, run, and turn a user's mistake into one line and exit status 2, a signal into 0.
-
-    With the environment variable SOFTCOT_DEBUG set, mistakes have their tracebacks."""
+    """Parse, run, and turn a user's mistake into one line and exit status 2, a signal into 0."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         print(run(parse(arguments)))
     except UserError as error:
-        if os.environ.get("SOFTCOT_DEBUG"):
+        if os.environ.get("SOFTCOT_DEBUG"):  # mistakes have their tracebacks then
             raise
         who = f"process {rank()}" if rank() else "softcot.py: error"
         print(f"{who}: {error}", file=sys.stderr)
