@@ -1478,13 +1478,6 @@ def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, lis
 # ---- 10. Loading a model ------------------------------------------------------------------------
 # What a model must be able to do is tried once, before anything is trained.
 
-def use_gpu_well(device: str) -> None:
-    """On a CUDA GPU: TF32 for what is fp32, and an attention whose gradient can be relied on."""
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # 10 bits of mantissa: enough, and fast
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN: pytorch#196678
-
-
 def load_policy(config: Config, source: str) -> Policy:
     """The policy in a folder or on the hub; UserError says what is missing."""
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
@@ -1502,7 +1495,9 @@ def load_policy(config: Config, source: str) -> Policy:
     require(len(tokenizer) - others <= V, f"--model {source}: its tokenizer is larger than it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    use_gpu_well(config.device)
+    if config.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, enough and fast
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN: pytorch#196678
     policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
     again = policy.decode(tokenizer(STOP + BOX, add_special_tokens=False).input_ids)
     lost = f"--model {source}: its tokenizer makes {again!r} of the stop phrase {STOP + BOX!r}"

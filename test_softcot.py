@@ -594,13 +594,15 @@ def test_bf16_is_taken_where_a_gpu_has_it_and_is_never_emulated(bf16, given, tak
         assert softcot.filled(softcot.Config())[0].device == "cpu"  # the toy
 
 
-def test_a_gpu_is_given_tf32_and_an_attention_without_nan(monkeypatch):
+def test_a_gpu_is_given_tf32_and_an_attention_without_nan(tiny_folder, monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda how: seen.append(how))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: seen.append(on))
-    softcot.use_gpu_well("cpu")
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda model, device: model)  # stays on the CPU
+    config, _ = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
+    softcot.load_policy(config, str(tiny_folder))
     assert seen == []
-    softcot.use_gpu_well("cuda:0")
+    softcot.load_policy(dataclasses.replace(config, device="cuda:0"), str(tiny_folder))
     assert seen == ["high", False]
 
 

@@ -62,7 +62,9 @@ class Lab:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=weights).eval()
         with torch.no_grad():
             model.get_input_embeddings().weight[:] *= sharp if config.tie_word_embeddings else 1
-        softcot.use_gpu_well(self.device)
+        if not self.tiny:  # as load_policy() does
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cuda.enable_cudnn_sdp(False)
         return Policy(model, tokenizer, mixed=dtype == "bf16-mixed")
 
     def config(self, dtype: str) -> Config:
@@ -157,7 +159,6 @@ def same_as_plain(lab: Lab) -> None:
             agreed, whole = agreed + same.sum().item(), whole + len(ids)
         with torch.no_grad():  # as an optimiser does: in place
             policy.model.get_input_embeddings().weight[:] *= 1.01
-    softcot.use_gpu_well(lab.device)
     row("CoT tokens of the engine that are those of a plain loop (fp32; 5 rollouts, changing weights)",
         f"{agreed} of {whole}", "all, but for soft ones behind a near-tie")  # fmt: skip
 
