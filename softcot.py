@@ -1166,13 +1166,12 @@ class Problem:
 
 JUDGE = r"""
 import functools, json, math, re, sys
+from contextlib import suppress
 from math_verify import parse, verify
 
-try:
+with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS refuses it
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes; 9^9^9^9 wants more
-except (ImportError, ValueError, OSError):
-    pass  # Windows has no such limit, macOS refuses it
 
 @functools.lru_cache
 def read(text):
@@ -1197,17 +1196,15 @@ def same(answer, gold):
     for part in answer.split("=")[:-1] if "=" not in gold else ():
         if not names(part) and not verify(g, read(part), timeout_seconds=None):
             return False  # 1 = 2 is not 2
-    try:
+    with suppress(TypeError, ValueError):  # not a number
         return math.isclose(float(a[0]), float(g[0]), rel_tol=1e-3)  # tiny ones count as 0 there
-    except (TypeError, ValueError):
-        return True  # not a number
+    return True
 
 print("ready", flush=True)
 for line in sys.stdin:
-    try:
+    equal = False  # what cannot be read is not the answer
+    with suppress(Exception):
         equal = same(*json.loads(line))
-    except Exception:  # what cannot be read is not the answer
-        equal = False
     print(json.dumps(bool(equal)), flush=True)
 """  # a program of its own: for each line [answer, gold] it prints whether they are equal
 
