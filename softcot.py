@@ -1241,8 +1241,7 @@ class Grader:
             self.start()
         timer = threading.Timer(self.limit, self.process.kill)
         timer.start()
-        self.process.stdin.write(json.dumps([answer, gold]) + "\n")
-        self.process.stdin.flush()
+        print(json.dumps([answer, gold]), file=self.process.stdin, flush=True)
         verdict = self.process.stdout.readline()
         timer.cancel()
         if not verdict:  # it was killed
