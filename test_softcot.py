@@ -12,13 +12,18 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
+import runpy
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -141,6 +146,57 @@ class Scripted(nn.Module):
             for c, count in enumerate(counts):
                 logits[n, c, script[min(count - 1, len(script) - 1)]] = 20.0
         return BaseModelOutput(last_hidden_state=logits)
+
+
+# ------------------------------------------------------------------------------------------------
+# Programs in forks of this process: torch and transformers, 6 s, have been imported there
+# ------------------------------------------------------------------------------------------------
+
+
+class Fork(multiprocessing.get_context("fork").Process):
+    """A Python program that is running, in a fork; command is its file and its arguments."""
+
+    def __init__(self, command, cwd=".", before=lambda: None, **environment):
+        self.files = [tempfile.TemporaryFile() for _ in range(2)]  # of stdout and stderr
+        super().__init__(target=as_main, args=(command, cwd, before, environment, self.files), daemon=True)
+        self.start()
+
+    def said(self):
+        """What it has written so far: stdout and stderr."""
+        return [os.pread(file.fileno(), 2**24, 0).decode() for file in self.files]
+
+    def end(self):
+        """Wait for it; exit status and output, as subprocess.run() gives them."""
+        self.join()
+        return subprocess.CompletedProcess(self.name, self.exitcode, *self.said())
+
+
+def as_main(command, cwd, before, environment, files):
+    """What a fork does: all that Python does when it is started with a file, but for its end."""
+    signal.alarm(300)  # seconds: none waits for ever
+    gc.freeze()  # what is there already need not be looked through, and so not copied
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for number, file in enumerate(files, 1):
+        os.dup2(file.fileno(), number)
+    sys.stdout = open(1, "w", 1, os.environ.get("PYTHONIOENCODING"), closefd=False)
+    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
+    sys.argv = [str(word) for word in command]
+    sys.path[:] = [str(Path(sys.argv[0]).parent), *(path for path in sys.path if path not in ("", str(HERE)))]
+    for name in list(sys.modules):  # the project's own files are read again, from beside this one
+        if name.split(".")[0] in ("softcot", "toy_tasks", "results", "notebooks"):
+            del sys.modules[name]
+    before()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def ended_together(processes, command):
+    """Run a command in forks that find each other as torchrun's do; how each of them ended."""
+    with socket.socket() as some:
+        some.bind(("127.0.0.1", 0))
+        where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(some.getsockname()[1]), WORLD_SIZE=str(processes))
+    forks = [Fork(command, **where, RANK=str(i), LOCAL_RANK=str(i)) for i in range(processes)]
+    return [fork.end() for fork in forks]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1415,6 +1471,20 @@ def break_after(patch, step):
     patch.setattr(softcot, "append_jsonl", append)
 
 
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    """A test's runs draw two pictures, others are copies: to draw takes a third of a short run's time."""
+    drawn = []
+
+    def plot_curves(rows, cot, path, real=softcot.plot_curves):
+        if len(drawn) < 2:
+            real(rows, cot, path)
+            drawn.append(path.read_bytes())
+        path.write_bytes(drawn[-1])
+
+    monkeypatch.setattr(softcot, "plot_curves", plot_curves)
+
+
 TIMES = ("rollout_s", "train_s", "tokens_per_s")
 
 
@@ -1541,15 +1611,16 @@ def test_the_same_seed_gives_the_same_run_and_resume_continues_it_to_the_bit(
     cot, tiny_folder, tmp_path
 ):
     whole, again, cut = tmp_path / "whole", tmp_path / "again", tmp_path / "cut"
-    assert tiny_run(tiny_folder, whole, "--cot", cot, "--steps", "6") == 0
-    assert tiny_run(tiny_folder, again, "--cot", cot, "--steps", "6") == 0
+    more = ("--cot", cot, "--steps", "6", "--eval-settings", f"{cot}_greedy")
+    assert tiny_run(tiny_folder, whole, *more) == 0
+    assert tiny_run(tiny_folder, again, *more) == 0
 
     with pytest.MonkeyPatch.context() as patch:
         break_after(patch, 4)  # in the middle of a step that will be done again
         with pytest.raises(KeyboardInterrupt):
-            tiny_run(tiny_folder, cut, "--cot", cot, "--steps", "6")
+            tiny_run(tiny_folder, cut, *more)
     assert len(read_lines(cut / "metrics.jsonl")) == 4
-    assert tiny_run(tiny_folder, cut, "--cot", cot, "--steps", "6", "--resume") == 0
+    assert tiny_run(tiny_folder, cut, *more, "--resume") == 0
 
     state = torch.load(whole / "state.pt", weights_only=True)["model"]
     for other in (again, cut):
@@ -1756,17 +1827,9 @@ def test_help_explains_every_flag(capsys):
         assert softcot.flag(field.name) in text and field.metadata["help"].split()[0] in text
 
 
-def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model(
-    tmp_path, classroom
-):
-    """The whole program as a user starts it, with fewer steps and problems to save time."""
-    shutil.copytree(classroom / "runs" / "toy-base", tmp_path / "runs" / "toy-base")
-    command = [sys.executable, str(HERE / "softcot.py"), "--steps", "60", "--eval-limit", "96"]
-    command += ["--eval-k", "4", "--eval-settings", "hard_greedy", "hard_sample", "soft_sample"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "runs" / "toy-soft-s0"
+def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model(default_run):
+    """The whole program as a user starts it, with fewer problems and settings to save time."""
+    done, out = default_run
     last = done.stdout.strip().splitlines()[-1]
     assert "toy hard_greedy pass@1" in last and "runs/toy-soft-s0" in last
     assert "--tau 0.5 --sigma-scale 0.33" in done.stdout
@@ -1777,7 +1840,7 @@ def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model
     assert after["cot_len"] > before["cot_len"] + 0.5
     assert scores["soft_sample", "trained"]["k"].keys() == {"1", "2", "4"}
     rows = read_lines(out / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert [row["step"] for row in rows] == list(range(1, 101))
     wanted = "reward success mixed_groups cot_len stop_rate cot_entropy loss grad_norm lr".split()
     assert all(math.isfinite(row[key]) for row in rows for key in (*wanted, *TIMES))
     assert max(row["logp_gap"] for row in rows) < 0.01
@@ -1819,10 +1882,10 @@ def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_pape
     llama = "somewhere/Llama-3.2-3B-Instruct"
     runs = [run_folder(f"soft{s}", llama, "soft", s, 0.7, 0.8 + s / 100, 2.0) for s in (0, 1)]
     runs += [run_folder("hard0", llama, "hard", 0, 0.7, 0.6, 2.0)]
-    command = [sys.executable, str(HERE / "results" / "show.py")]
-    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    printed = subprocess.run([*command, *runs], capture_output=True, check=True, env=ascii_only).stdout
-    cells = [[c.strip() for c in line.split("|")[3:-1]] for line in printed.decode().splitlines()]
+    command = [HERE / "results" / "show.py"]
+    done = Fork([*command, *runs], PYTHONIOENCODING="ascii").end()
+    assert done.returncode == 0, done.stderr
+    cells = [[c.strip() for c in line.split("|")[3:-1]] for line in done.stdout.splitlines()]
     sd = np.std([80, 81], ddof=1)
     base, hard, soft = "70.00 ± 0.00 (2) [paper 71.4]", "60.00 [paper 75.9]", f"80.50 ± {sd:.2f} (2)"
     greedy = ["gsm8k", "hard_greedy", "pass@1", "", base, hard, "- [paper 76.7]", soft + " [paper 77.2]"]
@@ -1840,7 +1903,7 @@ def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_pape
     found = [[cell.strip().partition(" [")[0] for cell in row] for row in values]
     assert found == [["", "-"], ["--sigma-scale None", "80.00"], ["--sigma-scale 1.0", "81.00"]]
     assert not any("pass@2" in row for row in cells)
-    failed = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True)
+    failed = Fork([*command, tmp_path / "none"]).end()
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "config.json" in failed.stderr
 
 
@@ -1990,8 +2053,11 @@ def test_products_of_sketches_are_those_of_gradients_on_average():
     assert abs(np.mean(errors)) < 3 / (40 * 1000) ** 0.5 and np.std(errors) < 1.5 / 1000**0.5
 
 
-def test_the_instrument_finds_more_signal_in_hard_tokens_than_in_soft_ones(tmp_path, capsys):
+def test_the_instrument_finds_more_signal_in_hard_tokens_than_in_soft_ones(
+    classroom, tmp_path, capsys, monkeypatch
+):
     """On the toy, whose n0 is 230 with hard tokens and 20,000 with soft ones."""
+    monkeypatch.chdir(classroom)
     flags = "--prompts 16 --minutes 0.01 --sketch 20000 --device cpu".split()
     snr.main([*flags, "--out", str(tmp_path / "record"), "--seed", "1"])
     record = json.loads((tmp_path / "record").read_text())
@@ -2003,8 +2069,9 @@ def test_the_instrument_finds_more_signal_in_hard_tokens_than_in_soft_ones(tmp_p
     assert mixed["soft 0"] < mixed[f"soft {record['recommended']:g}"]
 
 
-def test_runs_of_a_real_model_stop_with_the_clock_and_go_on(tmp_path, monkeypatch, capsys):
+def test_runs_of_a_real_model_stop_with_the_clock_and_go_on(classroom, tmp_path, monkeypatch, capsys):
     """Rehearsal with the toy: what was cut off and gone on with is what one long run finds."""
+    monkeypatch.chdir(classroom)
     monkeypatch.setattr(real_model, "CHECKS", (0, 2))
     flags = "--prompts 4 --samples 8 --steps 3 --questions 64 --problems 8 --eval-samples 2"
     flags = [*flags.split(), *"--choices 4 --noise 0.33 --device cpu --runs soft hard answers".split()]
@@ -2229,8 +2296,8 @@ def test_the_table_of_claims_follows_from_the_recorded_results(tmp_path):
     for name in ("softcot.py", "toy_tasks.py"):
         shutil.copy(HERE / name, tmp_path)
     shutil.copytree(HERE / "results", tmp_path / "results")
-    command = [sys.executable, str(tmp_path / "results" / "claims.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = Fork([tmp_path / "results" / "claims.py"]).end()
+    assert done.returncode == 0, done.stderr
     assert done.stdout == (HERE / "results" / "claims.md").read_text()
 
 
@@ -2259,8 +2326,24 @@ def classroom(tmp_path_factory):
         shutil.copy(HERE / name, folder)
     (folder / "notebooks" / "solutions").mkdir(parents=True)
     shutil.copy(HERE / "notebooks" / "checks.py", folder / "notebooks")
-    toy_tasks.base_model(folder / "runs" / "toy-base")
+    base = toy_tasks.base_model(Path(os.environ.get("TOY", folder / "toy-base")))  # of both halves of .ci/run
+    shutil.copytree(base, folder / "runs" / "toy-base")
     return folder
+
+
+@pytest.fixture(scope="session")
+def default_run(classroom):
+    """The default command in the classroom: how it ended, and its folder. The notebooks take it for their soft run."""
+    command = [sys.executable, "softcot.py", "--eval-limit", "96", "--eval-k", "4"]
+    command += ["--eval-settings", "hard_greedy", "hard_sample", "soft_sample"]
+    done = subprocess.run(command, cwd=classroom, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out, copy = (classroom / "runs" / name for name in ("toy-soft-s0", "nb-soft"))
+    shutil.copytree(out, copy)  # the same training, but without validation: the last model is kept, not the best
+    model = transformers.AutoModelForCausalLM.from_pretrained(copy / "model")
+    model.load_state_dict(torch.load(copy / "state.pt", weights_only=True)["model"])
+    model.save_pretrained(copy / "model")
+    return done, out
 
 
 def test_the_file_alone_in_an_empty_folder_trains_on_a_file_of_ones_own(tiny_folder, tmp_path):
@@ -2268,12 +2351,11 @@ def test_the_file_alone_in_an_empty_folder_trains_on_a_file_of_ones_own(tiny_fol
     rows = [{"question": f"{i}+{i % 5 + 1}=", "answer": str(i)} for i in range(30)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = "--task mine.jsonl --steps 1 --max-cot 6 --max-answer 3 --eval-settings soft_greedy"
-    command = [sys.executable, "softcot.py", *command_of(tiny_folder, "out", *small.split())[2:]]
-    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
-    done = run(command)
+    command = [sys.executable, "softcot.py", *command_of(tiny_folder, "out", *small.split())[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "after 1 steps of soft training" in done.stdout, done.stderr
     assert (tmp_path / "out" / "curves.png").exists()
-    done = run([sys.executable, "softcot.py", "--help"])
+    done = Fork(["softcot.py", "--help"], tmp_path).end()
     assert done.returncode == 0 and "--sigma-scale" in done.stdout
 
 
@@ -2292,7 +2374,7 @@ def execute(notebook, folder, **how):
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("[123]_*.ipynb")), ids=lambda p: p.stem)
-def test_a_notebook_runs_and_its_lessons_hold(path, classroom):
+def test_a_notebook_runs_and_its_lessons_hold(path, classroom, default_run):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert path.stat().st_size < 300_000
@@ -2624,10 +2706,10 @@ def test_the_solution_off_policy_updates_twice_and_sees_means_move(changed, monk
 
 
 def command_of(folder, out, *more):
-    """The command line of tiny_run() for another process."""
+    """The file and the arguments of tiny_run() for another process."""
     small = "--prompts 2 --samples 4 --eval-limit 4 --eval-k 2 --warmup 0 --lr 1e-3 --threads 1"
     run = ["--model", str(folder), "--out-dir", str(out), *small.split(), *more]
-    return [sys.executable, str(HERE / "softcot.py"), *run]
+    return [str(HERE / "softcot.py"), *run]
 
 
 def assert_same_outcome(ours, theirs):
@@ -2649,28 +2731,26 @@ def assert_same_outcome(ours, theirs):
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tiny_folder, tmp_path):
     """kill -9, KILLS times (an environment variable), within a second or two after some event."""
-    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     rng, kills = np.random.default_rng(0), int(os.environ.get("KILLS", 2))
-    more = ("--steps", str(40 * kills), "--dtype", "bf16")
-    assert softcot.main(command_of(tiny_folder, whole, *more)[2:]) == 0
+    more = ("--steps", str(25 * kills), "--dtype", "bf16")
+    assert softcot.main(command_of(tiny_folder, whole, *more)[1:]) == 0
     reached = []
     state = killed / "state.pt"
     for kill in range(kills):  # every other one after a new saved state, or once it is at work
         before = state.stat().st_mtime_ns if state.exists() else 0
         begun = (killed / "config.json").exists()
-        with open(log, "w") as file:
-            command = command_of(tiny_folder, killed, *more, *(["--resume"] if begun else []))
-            process = subprocess.Popen(command, stdout=file, stderr=file)
-            while process.poll() is None:
-                at_work = "filled in" in log.read_text()
-                saved = state.exists() and state.stat().st_mtime_ns != before
-                if saved or (at_work and kill % 2):
-                    break
-                time.sleep(0.02)
-            time.sleep(rng.uniform(0, 1 + kill % 2))
-            assert process.poll() in (None, 0), log.read_text()
-            process.kill()
-            process.wait()
+        process = Fork(command_of(tiny_folder, killed, *more, *(["--resume"] if begun else [])))
+        while process.exitcode is None:
+            at_work = "filled in" in process.said()[0]
+            saved = state.exists() and state.stat().st_mtime_ns != before
+            if saved or (at_work and kill % 2):
+                break
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1 + kill % 2))
+        assert process.exitcode in (None, 0), process.said()
+        process.kill()
+        process.join()
         for name in ("eval.json", "config.json"):  # never half a file
             if (killed / name).exists():
                 read_json(killed / name)
@@ -2678,7 +2758,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tiny_folder, tmp
             reached.append(torch.load(state, weights_only=True)["step"])
     print(f"{kills} kills; the saved step after each: {reached}")
     assert reached and reached == sorted(reached)
-    assert softcot.main(command_of(tiny_folder, killed, *more, "--resume")[2:]) == 0
+    assert softcot.main(command_of(tiny_folder, killed, *more, "--resume")[1:]) == 0
     assert_same_outcome(whole, killed)
 
 
@@ -2686,21 +2766,21 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tiny_folder, tmp
 def test_a_signal_ends_a_run_after_its_step_with_the_command_to_go_on(
     number, tiny_folder, tmp_path
 ):
-    whole, cut, more = tmp_path / "whole", tmp_path / "cut", ("--steps", "50", "--samples", "8")
-    assert softcot.main(command_of(tiny_folder, whole, *more)[2:]) == 0
-    process = subprocess.Popen(command_of(tiny_folder, cut, *more), stdout=subprocess.PIPE, text=True)
+    whole, cut, more = tmp_path / "whole", tmp_path / "cut", ("--steps", "30", "--samples", "8")
+    assert softcot.main(command_of(tiny_folder, whole, *more)[1:]) == 0
+    process = Fork(command_of(tiny_folder, cut, *more))
     log = cut / "metrics.jsonl"
     while not log.exists() or len(read_lines(log)) < 6:
-        assert process.poll() is None
+        assert process.exitcode is None, process.said()
         time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate()
-    assert process.returncode == 0
-    last = output.splitlines()[-1]
+    os.kill(process.pid, number)
+    done = process.end()
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
     assert last.startswith("Stopped. To go on: python softcot.py --model ")
     assert last.endswith(" --resume")
-    assert 6 <= torch.load(cut / "state.pt", weights_only=True)["step"] == len(read_lines(log)) < 50
-    assert softcot.main(command_of(tiny_folder, cut, *more, "--resume")[2:]) == 0
+    assert 6 <= torch.load(cut / "state.pt", weights_only=True)["step"] == len(read_lines(log)) < 30
+    assert softcot.main(command_of(tiny_folder, cut, *more, "--resume")[1:]) == 0
     assert_same_outcome(whole, cut)
 
 
@@ -2713,9 +2793,8 @@ def test_a_full_disk_is_one_line_and_the_last_saved_state_stays(tiny_folder, tmp
             tiny_run(tiny_folder, full, "--steps", "6", "--threads", "1")
     saved = (full / "state.pt").read_bytes()
     command = command_of(tiny_folder, full, "--steps", "6", "--resume")
-    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(saved) // 2},) * 2)"  # bytes a file
-    program = f"import resource, softcot; {limit}; raise SystemExit(softcot.main({command[2:]}))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (len(saved) // 2,) * 2)  # bytes a file
+    done = Fork(command, before=limit).end()
     assert done.returncode == 2
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("softcot.py: error: ") and "state.pt: can't be written" in line
@@ -2807,7 +2886,8 @@ def test_an_editor_may_save_softcot_while_it_runs(tmp_path):
         shutil.copy(HERE / name, tmp_path)
     shutil.copytree(HERE / "results", tmp_path / "results", ignore=lambda *_: {"toy"})
     program = "import softcot; open('softcot.py', 'w').write('?'); print(softcot.GRADER.equal('2', '\\\\frac42'))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "program.py").write_text(program)
+    done = Fork(["program.py"], tmp_path).end()
     assert done.stdout == "True\n", done.stderr
 
 
@@ -2870,7 +2950,7 @@ sys.modules.update(fcntl=None, resource=None)
 os.environ["PYTHONPATH"] = {str(hidden)!r}  # for the grader
 import softcot
 sys.exit(softcot.main(sys.argv[1:]))"""
-    start = [sys.executable, "-c", program, *command[2:], "--max-cot", "6", "--max-answer", "4"]
+    start = [sys.executable, "-c", program, *command[1:], "--max-cot", "6", "--max-answer", "4"]
     environment = os.environ | {"PYTHONPATH": str(HERE), "SOFTCOT_DEBUG": "1"}
     done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -3075,7 +3155,7 @@ def torchrun(processes, command):
     limit = ["timeout", "--kill-after", "1", "120", sys.executable]  # seconds: none waits for ever
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [*limit, *start, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*limit, *start, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
     )  # fmt: skip
 
@@ -3123,9 +3203,9 @@ def test_several_processes_do_what_one_does_also_after_a_signal_and_with_another
 ):
     """One run by one process; the same by two, stopped by SIGTERM, and gone on with by three."""
     one, many = tmp_path / "one", tmp_path / "many"
-    more = ["--steps", "40", "--micro-batch", "60", "--eval-tasks", "toy", "toy-large"]
+    more = ["--steps", "24", "--micro-batch", "60", "--eval-tasks", "toy", "toy-large"]
     more += ["--cot", "hard", "--lr", "1e-4"]
-    assert softcot.main(command_of(tied_folder, one, *more)[2:]) == 0
+    assert softcot.main(command_of(tied_folder, one, *more)[1:]) == 0
     two = torchrun(2, command_of(tied_folder, many, *more))
     while not (many / "metrics.jsonl").exists() or len(read_lines(many / "metrics.jsonl")) < 5:
         assert two.poll() is None, two.stdout.read()
@@ -3137,20 +3217,19 @@ def test_several_processes_do_what_one_does_also_after_a_signal_and_with_another
     output, _ = two.communicate()
     assert output.count("Stopped. To go on:") == 1, output  # one process of the two speaks
     stopped_after = torch.load(many / "state.pt", weights_only=True)["step"]
-    assert stopped_after == len(read_lines(many / "metrics.jsonl")) < 40
-    three = torchrun(3, command_of(tied_folder, many, *more, "--resume"))
-    output, _ = three.communicate()
-    assert three.returncode == 0 and "after 40 steps of hard training" in output, output
+    assert stopped_after == len(read_lines(many / "metrics.jsonl")) < 24
+    three = ended_together(3, command_of(tied_folder, many, *more, "--resume"))
+    assert [done.returncode for done in three] == [0, 0, 0], three
+    assert ["after 24 steps of hard training" in done.stdout for done in three] == [True, False, False], three
     assert_nearly_the_same_run(one, many, tied_folder)
 
 
 def test_several_processes_train_soft_tokens(tied_folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     more = ("--steps", "1", "--micro-batch", "60")
-    assert softcot.main(command_of(tied_folder, one, *more)[2:]) == 0
-    process = torchrun(2, command_of(tied_folder, two, *more))
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    assert softcot.main(command_of(tied_folder, one, *more)[1:]) == 0
+    ended = ended_together(2, command_of(tied_folder, two, *more))
+    assert [done.returncode for done in ended] == [0, 0], ended
     states = [torch.load(f / "state.pt", weights_only=True) for f in (one, two)]
     for a, b in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
         assert (a["exp_avg"] - b["exp_avg"]).norm() < 0.005 * a["exp_avg"].norm()
@@ -3164,10 +3243,9 @@ def test_several_processes_train_soft_tokens(tied_folder, tmp_path):
 def test_several_processes_train_bf16_weights(tied_folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     more = ("--steps", "3", "--dtype", "bf16", "--cot", "hard")
-    assert softcot.main(command_of(tied_folder, one, *more)[2:]) == 0
-    process = torchrun(2, command_of(tied_folder, two, *more))
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    assert softcot.main(command_of(tied_folder, one, *more)[1:]) == 0
+    ended = ended_together(2, command_of(tied_folder, two, *more))
+    assert [done.returncode for done in ended] == [0, 0], ended
     a, b = (read_lines(folder / "metrics.jsonl")[0] for folder in (one, two))
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05) and a["loss"] != 0
     states = [torch.load(f / "state.pt", weights_only=True)["model"] for f in (one, two)]
@@ -3197,10 +3275,10 @@ for i in range(30):
 
 
 def test_more_processes_than_samples_is_one_line(tied_folder, tmp_path):
-    process = torchrun(3, command_of(tied_folder, tmp_path / "out", "--samples", "2", "--steps", "1"))
-    output, _ = process.communicate()
-    assert process.returncode != 0
-    assert output.count("softcot.py: error: --samples is too small") == 1, output
+    ended = ended_together(3, command_of(tied_folder, tmp_path / "out", "--samples", "2", "--steps", "1"))
+    assert [done.returncode for done in ended] == [2, 2, 2], ended
+    said = [(done.stdout + done.stderr).count("softcot.py: error: --samples is too small") for done in ended]
+    assert said == [1, 0, 0], ended
 
 
 def test_a_half_written_line_of_a_log_is_dropped(tmp_path):
