@@ -4,6 +4,7 @@
 """
 
 import ast
+import asyncio
 import contextlib
 import dataclasses
 import gc
@@ -34,6 +35,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that read it
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread mostly waits, and actively
 
+import ipykernel_launcher
+import matplotlib
 import nbformat
 import numpy as np
 import pytest
@@ -41,6 +44,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jupyter_client.provisioning import local_provisioner
 from nbclient import NotebookClient
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file
@@ -2367,10 +2371,35 @@ def test_a_picture_of_pass_at_k_is_drawn_for_each_run(tiny_folder, tmp_path):
     assert (run / "pass_at_k.png").stat().st_size > 5000
 
 
+class Kernel(Fork):
+    """A Jupyter kernel in a fork; jupyter_client takes it for the subprocess.Popen that it would start."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command, cwd, env, **_):
+        super().__init__([ipykernel_launcher.__file__, *command[3:]], cwd, self.before, **env)
+        os.setpgid(self.pid, self.pid)  # signals go to the whole group
+
+    def before(self):
+        """What is left of this process must not be taken for the kernel's own."""
+        signal.alarm(0)  # each cell has its limit
+        asyncio.set_event_loop(asyncio.new_event_loop())
+        matplotlib.use("module://matplotlib_inline.backend_inline")
+
+    def poll(self):
+        return self.exitcode
+
+    def wait(self):
+        self.join()
+        return self.exitcode
+
+
 def execute(notebook, folder, **how):
     """Run all cells of a notebook in a folder."""
     where = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where, **how).execute()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_provisioner, "launch_kernel", Kernel)
+        NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where, **how).execute()
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("[123]_*.ipynb")), ids=lambda p: p.stem)
