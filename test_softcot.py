@@ -1615,7 +1615,7 @@ def test_the_same_seed_gives_the_same_run_and_resume_continues_it_to_the_bit(
     cot, tiny_folder, tmp_path
 ):
     whole, again, cut = tmp_path / "whole", tmp_path / "again", tmp_path / "cut"
-    more = ("--cot", cot, "--steps", "6", "--eval-settings", f"{cot}_greedy")
+    more = ("--cot", cot, "--steps", "6", "--eval-settings", f"{cot}_sample")
     assert tiny_run(tiny_folder, whole, *more) == 0
     assert tiny_run(tiny_folder, again, *more) == 0
 
@@ -1840,8 +1840,8 @@ def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model
 
     scores = {(r["setting"], r["stage"]): r for r in read_json(out / "eval.json")}
     before, after = scores["hard_greedy", "base"], scores["hard_greedy", "trained"]
-    assert after["k"]["1"] >= before["k"]["1"] + 0.10
-    assert after["cot_len"] > before["cot_len"] + 0.5
+    assert after["k"]["1"] >= before["k"]["1"] + 0.30
+    assert after["cot_len"] > before["cot_len"] + 1.0
     assert scores["soft_sample", "trained"]["k"].keys() == {"1", "2", "4"}
     rows = read_lines(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 101))
