@@ -2383,6 +2383,7 @@ class Kernel(Fork):
     def before(self):
         """What is left of this process must not be taken for the kernel's own."""
         signal.alarm(0)  # each cell has its limit
+        signal.set_wakeup_fd(-1)
         asyncio.set_event_loop(asyncio.new_event_loop())
         matplotlib.use("module://matplotlib_inline.backend_inline")
 
