@@ -167,7 +167,7 @@ class Fork(multiprocessing.get_context("fork").Process):
 
     def said(self):
         """What it has written so far: stdout and stderr."""
-        return [os.pread(file.fileno(), 2**24, 0).decode() for file in self.files]
+        return [os.pread(file.fileno(), 2**24, 0).decode(errors="replace") for file in self.files]
 
     def end(self):
         """Wait for it; exit status and output, as subprocess.run() gives them."""
