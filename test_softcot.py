@@ -3182,7 +3182,7 @@ def test_no_number_picks_a_token_that_cannot_be():
 
 def torchrun(processes, command):
     """Start a command of command_of() in several processes; its output is one stream of text."""
-    limit = ["timeout", "--kill-after", "1", "120", sys.executable]  # seconds: none waits for ever
+    limit = ["timeout", "--kill-after", "1", "300", sys.executable]  # seconds: none waits for ever
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [*limit, *start, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
