@@ -3379,9 +3379,9 @@ def test_out_of_gpu_memory_names_the_phase_and_the_flags(
     assert advice in line and "out of GPU memory in" in line
 
 
-LONG = "1+" * (5 * 2**20) + "1="  # 10 MB
+LONG = "1+" * 2**20 + "1="  # 2 MB
 HOSTILE = {  # name: lines of a file, and whether it can be trained on without the bad row
-    "a line of 10 MB": ([{"question": LONG, "answer": "2"}], True),
+    "a line of 2 MB": ([{"question": LONG, "answer": "2"}], True),
     "NUL bytes": (['{"question": "a\0b", "answer": "1"}'], False),
     "NUL as JSON": ([{"question": "1+\0 1=", "answer": "2"}], True),
     "half a surrogate pair": (['{"question": "1+1\\ud800=", "answer": "2"}'], False),
@@ -3414,7 +3414,7 @@ def test_a_hostile_data_file_is_one_line_or_is_skipped(name, tiny_folder, tmp_pa
     assert status == (0 if trains else 2), captured.err
     if not trains:
         assert len(captured.err.strip().splitlines()) == 1 and "mine.jsonl" in captured.err
-    if name in ("a line of 10 MB", "null for an answer"):
+    if name in ("a line of 2 MB", "null for an answer"):
         assert "skipped" in captured.out
 
 
