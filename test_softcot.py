@@ -3299,7 +3299,7 @@ for i in range(30):
     dist.all_gather_into_tensor(torch.empty(3000), torch.randn(1000))
 """)
     for _ in range(2):
-        process = torchrun(3, [sys.executable, str(script)])
+        process = torchrun(3, [str(script)])
         output, _ = process.communicate()
         assert process.returncode == 0, output
 
