@@ -1475,7 +1475,9 @@ def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, lis
 def load_policy(config: Config, source: str) -> Policy:
     """The policy in a folder or on the hub; UserError says what is missing."""
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    advice = "give a hub id, or a folder with config.json, weights and tokenizer, like RUN/model"
+    advice = "give a hub id, or a folder with config.json, weights and tokenizer"
+    hint = f"--model {source} is the folder of a run: did you mean {source}/model"
+    require(not (Path(source) / "model" / "config.json").exists(), hint)
     errors = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
     with explained(errors, f"--model {source}: could not be loaded; {advice}"):
         how = {"trust_remote_code": False}  # code in a folder is never run

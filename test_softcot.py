@@ -2856,7 +2856,7 @@ def test_no_command_touches_a_finished_run_unless_it_resumes_it(tiny_folder, tmp
         ([*again, "--task", "gsm8k", "--data-dir", "nowhere"], "is not empty"),
         ([*again, "--prompts", "2", "--samples", "4", "--tau", "0.4"], "is not empty"),
         ([*again[2:], "--model", str(out / "model")], "is not empty"),
-        (["--model", str(out), "--out-dir", str(tmp_path / "b")], "tokenizer, like RUN/model"),
+        (["--model", str(out), "--out-dir", str(tmp_path / "b")], f"did you mean {out}/model"),
         ([*again[2:], "--model", str(other), "--eval-only"], "is not empty"),
         ([*again[2:], "--model", str(other), "--eval-only", "--resume"], "another --model"),
     ]:
