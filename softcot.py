@@ -1511,34 +1511,29 @@ def check_policy(policy: Policy, close: float) -> None:
     Embeddings must say all that the model reads of a token; and mixtures of them, fed through the
     engine in two parts to two rows, one of which has a gap, must give what a plain pass over the
     row without its gap gives. Finds the factor that some models put behind their head."""
-    def alike(found: Tensor, expected: Tensor, what: str) -> None:
-        """AssertionError if two tensors differ by more than close, in units of the largest."""
-        error = (found.float() - expected.float()).abs().max().item()
-        largest = expected.float().abs().max().item()
-        assert error <= close * largest, f"{what} differ by {error:.2g} of {largest:.2g}"
-
     with policy.arithmetic():
         E, model = policy.embeddings(), policy.model
-        ids = torch.arange(5, device=E.device)[None] % len(E)
-        words = model(ids, use_cache=False).logits
-        alike(model(inputs_embeds=E[ids], use_cache=False).logits, words, "logits of embeddings")
+        plain = lambda x: model(inputs_embeds=x[None], use_cache=False).logits[0]
+        ids = torch.arange(5, device=E.device) % len(E)
+        words = model(ids[None], use_cache=False).logits[0]
         p = torch.linspace(0.1, 0.9, 10, device=E.device).view(2, 5, 1).to(E.dtype)
         x = p * E[ids] + (1 - p) * E[ids + 1]  # [2, 5, D]
-        before, real = x.clone(), torch.ones(2, 5, dtype=torch.bool, device=E.device)
+        real = torch.ones(2, 5, dtype=torch.bool, device=E.device)
         real[1, 2] = False
         engine = policy.engine = Engine(policy, 2, 5, 1)
         engine.restart()
         engine.reserve(5)
         first = engine.feed(x[:, :3], real[:, :3])
         hidden = torch.cat([first, engine.feed(x[:, 3:], real[:, 3:])], dim=1)
-        alike(x, before, "inputs, which the model changes: they")
-        rows = [row[kept][None] for row, kept in zip(x, real)]
-        logits = torch.cat([model(inputs_embeds=row, use_cache=False).logits[0] for row in rows])
+        logits = torch.cat([plain(row[kept]) for row, kept in zip(x, real)])
         assert logits.shape[-1] <= len(E), "the head knows tokens that have no embedding"
         head = policy.head(hidden[real])  # [M, V], as logits
         factor = ((logits.float() * head).sum() / head.square().sum()).item()
         policy.logit_scale = factor if abs(factor - 1) > close else 1.0
-        alike(policy.head(hidden[real]), logits, "logits of mixtures")
+        pairs = {"tokens": (plain(E[ids]), words), "mixtures": (policy.head(hidden[real]), logits)}
+        for what, (found, expected) in pairs.items():
+            error = (found.float() - expected.float()).abs().max() / expected.abs().max()
+            assert error <= close, f"logits of {what} differ by {error:.2g} of the largest"
 
 
 # ---- 11. Files ----------------------------------------------------------------------------------
