@@ -1335,7 +1335,6 @@ class Task:
     test_on: Optional[str] = None  # the task whose test problems are meant, if not its own
     equal: Callable[[str, str], bool] = GRADER.equal
     prompt: str = PROMPT
-    fuzzy_tau: float = SETTINGS["fuzzy_sample"].tau  # the toy learns more surely at 0.1
 
 
 PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
@@ -1345,7 +1344,7 @@ TOY = dict(steps=100, prompts=32, lr=5e-5, max_cot=9, eval_max_cot=9, max_answer
 MATH = "EleutherAI/hendrycks_math algebra counting_and_probability geometry intermediate_algebra"
 MATH += " number_theory prealgebra precalculus"
 TASKS = {
-    "toy": Task("", "train", "test", TOY, None, same_number, "QUESTION", fuzzy_tau=0.1),
+    "toy": Task("", "train", "test", TOY, None, same_number, "QUESTION"),
     "toy-large": Task("", None, "test", TOY, None, same_number, "QUESTION"),
     "toy-round": Task("", None, "test", TOY, None, same_number, "QUESTION"),
     "gsm8k": Task("openai/gsm8k main", "train", "test", SHORT, None, same_number),
@@ -1799,7 +1798,7 @@ def filled(config: Config) -> tuple[Config, str]:
         **task.defaults,
         "eval_max_cot": config.max_cot or task.defaults["eval_max_cot"],
         **{"lr": lr for name, lr in PAPER_LR.items() if name in (config.model or "").lower()},
-        "tau": task.fuzzy_tau if config.cot == "fuzzy" else mode.tau,
+        "tau": 0.1 if (config.task, config.cot) == ("toy", "fuzzy") else mode.tau,  # learns surely
         "sigma_scale": mode.noise or None,
         "eval_tasks": [task.test_on or config.task],
         "out_dir": default_folder(config),
