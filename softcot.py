@@ -1863,7 +1863,7 @@ def check_disk(policy: Policy, out: Path) -> None:
 
 def noise_advice(config: Config, figures: dict[str, float]) -> str:
     """What the noise costs the base, and whether that is too little or too much; or nothing."""
-    names = [f"{config.task} {config.cot}_{kind} pass@1" for kind in ("greedy", "sample")]
+    names = [f"{config.eval_tasks[0]} {config.cot}_{kind} pass@1" for kind in ("greedy", "sample")]
     if config.cot == "hard" or not all(name in figures for name in names):
         return ""
     without, with_noise = (figures[name] for name in names)

@@ -3049,6 +3049,9 @@ def test_training_says_what_the_noise_costs(without, with_noise, says):
     assert f"success {with_noise:.3f}, without it {without:.3f}" in found
     assert says in found if says else not found.partition("without it ")[2].partition(":")[1]
     assert softcot.noise_advice(config, {}) == ""
+    config, _ = softcot.filled(softcot.Config(model="m", task="math", device="cpu"))  # tested on math500
+    figures = {name.replace("toy", "math500"): figure for name, figure in figures.items()}
+    assert softcot.noise_advice(config, figures) == found
 
 
 @pytest.mark.parametrize("family, factor", [("Granite", 1 / 8), ("Cohere", 1 / 16)])
