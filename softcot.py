@@ -1114,12 +1114,12 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
     }
 
 
-def evaluate_all(policy: Policy, config: Config, tests: dict[str, list], stage: str,
-                 path: Path) -> dict[str, float]:
-    """Evaluate --eval-settings on tests (see load_data()), print a table and write path.
+def evaluate_all(policy: Policy, config: Config, tests: dict, stage: str) -> dict[str, float]:
+    """Evaluate --eval-settings on tests (see load_data()), print a table and write eval.json.
 
-    Returns the figures by their names, those of the first task first. What --resume finds in path,
+    Returns the figures by their names, those of the first task first. What --resume finds there,
     of the same weights, is not done again."""
+    path = Path(config.out_dir) / "eval.json"
     rows, figures = json.loads(path.read_bytes()) if path.exists() else [], {}
     records = {(row["stage"], row["task"], row["setting"]): row for row in rows}
     weights = sum(w.detach().float().sum().item() for w in policy.model.parameters())
@@ -1898,10 +1898,9 @@ def run(config: Config) -> str:
     if __name__ == "__main__":  # in a notebook an interrupt is an ordinary one
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note_signal)
-    results = out / "eval.json"
-    before = evaluate_all(policy, config, tests, "base", results)
+    before = evaluate_all(policy, config, tests, "base")
     if config.eval_only:
-        return f"Evaluated {config.model or 'the toy base'}: {results}"
+        return f"Evaluated {config.model or 'the toy base'}: {out}/eval.json"
     print(noise_advice(config, before))
     train(policy, config, out, problems, held_out)
     last = f"after {config.steps} steps of {config.cot} training: model in {out}/model"
@@ -1910,7 +1909,7 @@ def run(config: Config) -> str:
     del policy
     gc.collect()  # of the model that was trained, before the best one is loaded
     policy = load_policy(config, str(out / "model"))
-    after = evaluate_all(policy, config, tests, "trained", results)
+    after = evaluate_all(policy, config, tests, "trained")
     name = next(iter(before))
     return f"{name} {before[name]:.3f} -> {after[name]:.3f} {last}, figures and tables in {out}"
 
