@@ -1177,14 +1177,13 @@ with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, m
 def read(text):
     return parse("\\boxed{%s}" % text, parsing_timeout=None)
 
-def names(text):
-    return re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text))
+name_in = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]").search  # a letter that is in no command
 
 def same(answer, gold):
     gold, _, tolerance = gold.partition(" within ")
     a, g = read(answer), read(gold)
     sides = re.split(r"[<>≤≥]|\\[lg]eq?(?![a-z])", answer)
-    named = [side.strip() for side in sides if names(side)]
+    named = [side.strip() for side in sides if name_in(side)]
     solved = len(named) == 1 and len(named[0]) == 1  # 0 < x < 1 may be (0,1), but not x^2 < x
     if not verify(g, a, allow_set_relation_comp=solved, timeout_seconds=None):
         return bool(tolerance) and abs(float(a[0]) - float(g[0])) <= float(tolerance) * (1 + 1e-9)
@@ -1194,7 +1193,7 @@ def same(answer, gold):
     if ("\\{" in answer) != ("\\{" in gold) and "(" in answer + gold:
         return False  # a set is not a point
     for part in answer.split("=")[:-1] if "=" not in gold else ():
-        if not names(part) and not verify(g, read(part), timeout_seconds=None):
+        if not name_in(part) and not verify(g, read(part), timeout_seconds=None):
             return False  # 1 = 2 is not 2
     with suppress(TypeError, ValueError):  # not a number
         return math.isclose(float(a[0]), float(g[0]), rel_tol=1e-3)  # tiny ones count as 0 there
