@@ -1402,10 +1402,9 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
         task.equal("1/2", "2")  # one that can't start says so now, not in the middle of a run
     source = "test" if split == "test" and task.test else "train"
     rows, by_prompt, answerless = read_rows(config, name, source), {}, 0
-    errors = (KeyError, TypeError, AttributeError, UnicodeError)
     for i, row in enumerate(rows):
         wrong = f"{name} {source}: row {i + 1} has no readable question (or problem) and answer"
-        with explained(errors, wrong):
+        with explained((KeyError, TypeError, AttributeError, UnicodeError), wrong):
             prompt = task.prompt.replace("QUESTION", row.get("problem") or row["question"])
             gold = gold_answer(row)
             (prompt + gold).encode()
