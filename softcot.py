@@ -1000,7 +1000,7 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         first, best = load_state(out / "state.pt", policy, optimizer, schedule)
     else:
         first, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0)
-    history, _ = (read_log(out / name, lambda row: row["step"] <= first) for name in LOGS)
+    history, _ = (read_log(out / name, first) for name in ("metrics.jsonl", "samples.jsonl"))
     every = max(1, config.steps // CHECKPOINTS)
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=config.cot,
                disable=rank() > 0)
@@ -1537,7 +1537,6 @@ def check_policy(policy: Policy, close: float) -> None:
 # Whatever is written is there as a whole or not at all.
 
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory
-LOGS = ("metrics.jsonl", "samples.jsonl")  # lines of steps, in --out-dir
 
 
 @contextmanager
@@ -1571,10 +1570,10 @@ def append_jsonl(path: Path, row: dict) -> None:
             file.write(json.dumps(row).encode() + b"\n")
 
 
-def read_log(path: Path, keep: Callable[[dict], bool] = lambda row: True) -> list[dict]:
-    """The objects of a log; what is not to be kept, or was cut short by a kill, leaves the file."""
+def read_log(path: Path, last: float = math.inf) -> list[dict]:
+    """The objects of a log; what is of a later step, or cut short by a kill, leaves the file."""
     text = path.read_bytes() if path.exists() else b""
-    rows = [row for row in map(json.loads, text.split(b"\n")[:-1]) if keep(row)]
+    rows = [row for row in map(json.loads, text.split(b"\n")[:-1]) if row.get("step", 0) <= last]
     kept = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     if kept != text and rank() == 0:
         with replacing(path) as part:

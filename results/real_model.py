@@ -170,7 +170,7 @@ def train_run(name: str, given, flags: list[str], out: Path, clock: Clock, base:
     done = 0
     if state.exists():
         done, _ = softcot.load_state(state, policy, optimizer, schedule)
-    softcot.read_log(metrics, lambda row: row["step"] <= done)
+    softcot.read_log(metrics, done)
     slowest = given.slowest  # of all runs: seconds of a step, of an evaluation
     try:
         with score_of(which):
