@@ -1122,7 +1122,8 @@ def evaluate_all(policy: Policy, config: Config, tests: dict, stage: str) -> dic
     path = Path(config.out_dir) / "eval.json"
     rows, figures = json.loads(path.read_bytes()) if path.exists() else [], {}
     records = {(row["stage"], row["task"], row["setting"]): row for row in rows}
-    weights = sum(w.detach().float().sum().item() for w in policy.model.parameters())
+    bits = (w.detach().float().view(torch.int32) for w in policy.model.parameters())
+    weights = sum(x.sum().item() for x in bits)  # exact: the same for any number of threads
     for task, problems in tests.items():
         print(f"\n{stage}, {task}, {config.eval_k} samples of each problem:")
         print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")

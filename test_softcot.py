@@ -3449,6 +3449,18 @@ def test_models_with_odd_vocabularies_and_tokenizers(tiny_folder, tmp_path, caps
     assert "end-of-text" in one_line_error(capsys, ["--model", str(no_end)])
 
 
+def test_an_evaluation_is_not_done_again_with_another_number_of_threads(tiny_folder, tmp_path, monkeypatch):
+    """A sum of many floats depends on it."""
+    large = changed_copy(tiny_folder, tmp_path / "large", lambda m, _: m.resize_token_embeddings(20_000))
+    calls, real = [], softcot.evaluate
+    monkeypatch.setattr(softcot, "evaluate", lambda *a, **more: calls.append(a) or real(*a, **more))
+    once = ("--eval-only", "--eval-settings", "hard_greedy", "--threads")
+    for threads, more in (("1", []), ("3", ["--resume"]), ("4", ["--resume"])):
+        assert tiny_run(large, tmp_path / "out", *once, threads, *more) == 0
+    torch.set_num_threads(1)
+    assert len(calls) == 1
+
+
 def test_prompts_longer_than_the_context_are_skipped_or_named(tiny_folder, tmp_path, capsys):
     def shorten(model, tokenizer):
         prompt = softcot.PROMPT.replace("QUESTION", "+1" * 10 + "=8+")
