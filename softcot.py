@@ -708,14 +708,13 @@ def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hid
     row, place = phase.mask.nonzero(as_tuple=True)  # [M] the real positions
     # recomputation needs an input with gradient, even if all of it is constant
     found = hidden[row, before[row, place]].requires_grad_(torch.is_grad_enabled())  # [M, H]
-    fields = [None if x is None else x[row, place] for x in (phase.ids, phase.eps, phase.x)]
     one = partial(positions_logp, policy, setting, sigma)
     if torch.is_grad_enabled():
         one = partial(recompute, one, use_reentrant=True)
     size, values = max(1, CHUNK // policy.model.get_input_embeddings().num_embeddings), []
-    for i in range(0, max(1, len(row)), size):
-        some = slice(i, i + size)
-        values.append(one(found[some], *(None if x is None else x[some] for x in fields)))
+    for rows, places, some in zip(*(x.split(size) for x in (row, place, found))):
+        stored = (phase.ids, phase.eps, phase.x)
+        values.append(one(some, *(x if x is None else x[rows, places] for x in stored)))
     logp, moved = (torch.cat(x) for x in zip(*values))
     zeros = torch.zeros(phase.mask.shape, device=hidden.device)
     return zeros.index_put((row, place), logp), zeros.index_put((row, place), moved.detach())
