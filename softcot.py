@@ -782,7 +782,7 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     Returns the loss, and of rows with A != 0 how far rollout and loss are apart, NaN if one is:
     logp_gap: the largest distance of a hard token's log-probability, in nats (answers, too);
     mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
-    loss, gaps, moves = 0.0, [], []
+    loss, gaps, moves = 0.0, [torch.zeros(0)], [torch.zeros(0)]
     # with one process gather(x) is [x], and policy.call(f, x) is f(x)
     N = sum(gather(len(advantages))) / processes()  # FSDP2 takes the mean of the gradients
     parts = micro_batches(r, advantages, micro_batch or affordable_tokens(policy))
@@ -792,14 +792,12 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
         part_loss = -(advantage * (cot.sum(1) + answer.sum(1))).sum() / N
         part_loss.backward()
         loss += part_loss.item()
-        gaps.append((answer.detach() - part.answer.logp)[part.answer.mask])
+        gaps.append((answer.detach() - part.answer.logp)[part.answer.mask].abs().cpu())
         if r.setting.cot == "hard":
-            gaps.append((cot.detach() - part.cot.logp)[part.cot.mask])
+            gaps.append((cot.detach() - part.cot.logp)[part.cot.mask].abs().cpu())
         else:
-            moves.append(moved[part.cot.mask])
-    none = [torch.zeros(0)]
-    own = (loss, torch.cat(gaps or none).abs().cpu(), torch.cat(moves or none).cpu())
-    losses, gaps, moves = zip(*gather(own))
+            moves.append(moved[part.cot.mask].cpu())
+    losses, gaps, moves = zip(*gather((loss, torch.cat(gaps), torch.cat(moves))))
     gaps, moves = torch.cat(gaps).numpy(), torch.cat(moves).numpy()
     stats = {"loss": float(np.mean(losses)), "logp_gap": float(gaps.max(initial=0.0))}
     if len(moves):
