@@ -151,10 +151,10 @@ def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
 class Step:
     """One position of N rows: the input that next_input() makes, and what is known of it."""
 
-    x: Tensor  # [N, D] the input
     ids: Tensor  # [N] hard: the tokens; soft, fuzzy: their shadow, the likeliest one, as text
     logp: Tensor  # [N] nats, as the sampler saw it; 0 if deterministic: there is no density
     entropy: Tensor  # [N] nats, of the next-token distribution before noise
+    x: Optional[Tensor] = None  # [N, D] the input; a Phase has it for the loss of a soft CoT alone
     eps: Optional[Tensor] = None  # [N, D] the noise that was drawn, in units of sigma
 
 
@@ -170,12 +170,12 @@ def next_input(logits: Tensor, setting: Setting, E: Tensor, sigma: Tensor,
     if setting.cot == "hard":
         token = sample_token(logits, setting.tau, u)
         logp = categorical_logp(token, logits, setting.tau) if setting.tau else no_density
-        return Step(E[token], token, logp, nats)
+        return Step(token, logp, nats, E[token])
     mean, likeliest = mixture(logits, setting.tau, E), logits.argmax(-1)  # [N, D], [N]
     if eps is None:
-        return Step(mean, likeliest, no_density, nats)
+        return Step(likeliest, no_density, nats, mean)
     x = mean + (sigma * eps).to(mean.dtype)
-    return Step(x, likeliest, soft_logp(eps, mean, sigma), nats, eps)
+    return Step(likeliest, soft_logp(eps, mean, sigma), nats, x, eps)
 
 
 def random_words(seeds: Tensor, index: Tensor) -> Tensor:
@@ -540,17 +540,11 @@ def forget_engine(policy: Policy) -> None:
 # N sequences are sampled: the CoT in the trained mode, an opening of the box, the answer in hard
 # tokens.
 
-@dataclass
-class Phase:
-    """The T positions of a CoT or an answer of N rows, as they were sampled: see Step."""
+@dataclass(kw_only=True)
+class Phase(Step):
+    """The T positions of a CoT or an answer of N rows: what a Step has, each [N, T, ...]."""
 
-    ids: Tensor  # [N, T]
-    logp: Tensor  # [N, T]
-    entropy: Tensor  # [N, T]
-    mask: Tensor  # [N, T] True on real tokens
-    # for the loss of a soft CoT, else None; behind a row's end anything
-    x: Optional[Tensor] = None  # [N, T, D] the inputs
-    eps: Optional[Tensor] = None  # [N, T, D] the noise that was drawn, in units of sigma
+    mask: Tensor  # [N, T] True on real tokens; behind a row's end x and eps are anything
 
 
 @dataclass

@@ -1196,11 +1196,11 @@ def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_re
             prefill_ids=none, prefill_mask=no,
             cot=softcot.Phase(
                 torch.zeros(N, 3, dtype=torch.long), torch.zeros(N, 3), torch.zeros(N, 3),
-                torch.ones(N, 3, dtype=torch.bool),
+                mask=torch.ones(N, 3, dtype=torch.bool),
                 x=torch.cat([torch.full((N, 1, 1), start), inputs], 1),
                 eps=torch.cat([torch.zeros(N, 1, 1), noise], 1),
             ),
-            answer=softcot.Phase(none, torch.zeros(N, 1), torch.zeros(N, 1), no),
+            answer=softcot.Phase(none, torch.zeros(N, 1), torch.zeros(N, 1), mask=no),
             stopped=[True] * N, cots=[""] * N, answers=[""] * N,
         )  # fmt: skip
         model.zero_grad()
