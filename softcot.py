@@ -55,8 +55,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 # ---- 1. Settings: three ways to think, six ways to run a model ----------------------------------
-# Every mode of training and of inference is a row of one table, which rollout, loss and evaluation
-# read.
+# Every mode of training and of inference is a row of one table.
 
 @dataclass(frozen=True)
 class Setting:
@@ -286,9 +285,7 @@ class Policy:
         return {self.tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids])
 
     def tokenize(self, texts: list[str], begins=True) -> tuple[Tensor, Tensor]:
-        """Right-padded ids and mask, [rows, longest] each, of texts that begin a sequence or go on.
-
-        Before one that begins a tokenizer may put a token of its own."""
+        """Right-padded ids and mask [rows, longest] of texts that begin a sequence or go on."""
         rows = self.tokenizer(texts, add_special_tokens=begins).input_ids
         # some tokenizers end each text: then the model would not go on with it
         rows = [row[:-1] if len(row) > 1 and row[-1] in self.end_ids else row for row in rows]
@@ -537,8 +534,7 @@ def forget_engine(policy: Policy) -> None:
 
 
 # ---- 5. Rollout: think, then answer -------------------------------------------------------------
-# N sequences are sampled: the CoT in the trained mode, an opening of the box, the answer in hard
-# tokens.
+# N sequences are sampled: the CoT in its mode, an opening of the box, the answer in hard tokens.
 
 @dataclass(kw_only=True)
 class Phase(Step):
@@ -586,8 +582,7 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
     """Let the policy think about each prompt and answer it; no gradient is recorded.
 
     prompts, seeds: N of each; a prompt that comes several times is read once. answer_tau:
-    temperature of the answer (1 in training, 0 in evaluation). keep: also what the loss needs.
-    Returns N rows, as long as the longest of them."""
+    temperature of the answer (1 in training, 0 in evaluation). keep: also what the loss needs."""
     different = list(dict.fromkeys(prompts))  # B texts
     ids, mask = policy.tokenize(different)  # [B, P]
     prompt_of = np.array([different.index(text) for text in prompts])  # [N]
@@ -718,8 +713,7 @@ def positions_logp(policy: Policy, setting: Setting, sigma: float, hidden: Tenso
                    eps: Optional[Tensor], x: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     """log pi of M positions and how far their means moved, in sigma: [M] each.
 
-    The move is the distance between this pass's mean and the rollout's. hidden [M, H], ids [M],
-    eps and x [M, D], or None for hard tokens: see Step."""
+    hidden [M, H], ids [M], eps and x [M, D], or None for hard tokens: see Step."""
     logits = policy.head(hidden)
     if setting.cot == "hard":
         return categorical_logp(ids, logits, setting.tau), torch.zeros(len(ids), device=ids.device)
@@ -750,16 +744,15 @@ def affordable_tokens(policy: Policy) -> int:
     """How many tokens one backward pass may have: as many as the memory has room for.
 
     Each matrix keeps its input and its output until then: 1 MB a token for a model of 0.5B in bf16.
-    On a CPU 4 GiB are taken for it. On a GPU 0.6 (the rest is for what is not counted) of what is
-    left when gradients, cast weights and four fp32 copies of the head and its gradient have
-    theirs."""
-    device, free = policy.model.device, 2**32
+    On a GPU there are up to four fp32 copies of the head and its gradient, too."""
+    device, free = policy.model.device, 2**32  # bytes, on a CPU
     weights = list(policy.model.parameters())
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         gradients = sum(w.nbytes for w in weights if w.grad is None)
         casts = sum(2 * w.numel() for w in weights) if policy.mixed else 0
         head = 4 * policy.model.get_input_embeddings().weight.numel()
+        # 0.6 of what is left: the rest is for what is not counted
         free = 0.6 * (torch.cuda.mem_get_info(device)[0] + unused - gradients - casts - 4 * head)
     layers = [m for m in policy.model.base_model.modules() if not isinstance(m, nn.Embedding)]
     matrices = [w for m in layers for w in m.parameters(recurse=False) if w.dim() == 2]
@@ -869,9 +862,7 @@ class AdamW16(torch.optim.AdamW):
 
 
 def make_optimizer(policy: Policy, config: Config) -> tuple:
-    """AdamW of all parameters, and its learning rate: linear warm-up, then cosine decay to 0.
-
-    The first step has 1/warm-up of the peak, so that it is not made for nothing."""
+    """AdamW of all parameters, and its learning rate: linear warm-up, then cosine decay to 0."""
     kind = AdamW16 if config.dtype == "bf16" else torch.optim.AdamW
     optimizer = kind(policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
     for w in policy.model.parameters():  # or torch's get_state_dict() would make it by a step
@@ -881,7 +872,7 @@ def make_optimizer(policy: Policy, config: Config) -> tuple:
     def share(step: int) -> float:
         """The share of the peak learning rate that a step has."""
         if step < config.warmup:
-            return (step + 1) / config.warmup
+            return (step + 1) / config.warmup  # never 0: no step is made for nothing
         after = (step - config.warmup) / max(1, config.steps - config.warmup)
         return 0.5 + 0.5 * math.cos(math.pi * after)
 
@@ -983,9 +974,7 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
 
 
 def train(policy: Policy, config: Config, out: Path, problems: list, held_out: list) -> None:
-    """The algorithm: for each step sample, reward, update; now and then validate and save.
-
-    State and curves are saved as often as costs a twentieth of the time, and at the end."""
+    """The algorithm: for each step sample, reward, update; now and then validate and save."""
     optimizer, schedule = make_optimizer(policy, config)
     if config.resume and (out / "state.pt").exists():
         first, best = load_state(out / "state.pt", policy, optimizer, schedule)
