@@ -321,7 +321,9 @@ SMALLEST = {"cpu": 1, "cuda": 64, "mps": 64}  # a batch of so few rows is not ha
 
 
 class Keys(transformers.cache_utils.StaticLayer):
-    """Keys and values of one layer [N, heads, L, width], written into the engine's columns."""
+    """Keys and values of one layer [N, heads, L, width], written into the engine's columns.
+
+    For the model it stays empty (is_initialized is False): the engine gives masks and positions."""
 
     def __init__(self, engine: Engine):
         super().__init__(engine.L)
@@ -330,20 +332,15 @@ class Keys(transformers.cache_utils.StaticLayer):
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Write those of the present columns; return those of all rows and columns in use."""
         engine = self.engine
-        if not self.is_initialized:
+        if self.keys is None:
             dtype = torch.bfloat16 if engine.policy.mixed else keys.dtype  # as attention wants them
             room = [(engine.N, x.shape[1], engine.L, x.shape[3]) for x in (keys, values)]
             self.keys, self.values = (keys.new_zeros(shape, dtype=dtype) for shape in room)
             engine.keys_and_values += [self.keys, self.values]
-            self.is_initialized = True
         self.keys[: engine.batch].index_copy_(2, engine.columns, keys.to(self.keys.dtype))
         self.values[: engine.batch].index_copy_(2, engine.columns, values.to(self.keys.dtype))
         used = (slice(engine.batch), slice(None), slice(engine.width))
         return self.keys[used], self.values[used]
-
-    def get_seq_length(self) -> int:
-        """Of no use: the engine gives masks and positions itself."""
-        return 0
 
 
 def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
