@@ -858,22 +858,22 @@ class AdamW16(torch.optim.AdamW):
                 old.copy_(round_by_chance(new))
 
 
-def make_optimizer(policy: Policy, config: Config) -> tuple:
-    """AdamW of all parameters, and its learning rate: linear warm-up, then cosine decay to 0."""
+def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
+    """AdamW of all parameters."""
     kind = AdamW16 if config.dtype == "bf16" else torch.optim.AdamW
     optimizer = kind(policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
     for w in policy.model.parameters():  # or torch's get_state_dict() would make it by a step
         moments = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[w] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
 
-    def share(step: int) -> float:
-        """The share of the peak learning rate that a step has."""
-        if step < config.warmup:
-            return (step + 1) / config.warmup  # never 0: no step is made for nothing
-        after = (step - config.warmup) / max(1, config.steps - config.warmup)
-        return 0.5 + 0.5 * math.cos(math.pi * after)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+def learning_rate(config: Config, step: int) -> float:
+    """That of a step: linear warm-up, then cosine decay to 0."""
+    if step < config.warmup:
+        return config.lr * ((step + 1) / config.warmup)  # never 0: no step is made for nothing
+    after = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.5 + 0.5 * math.cos(math.pi * after))
 
 
 def sampled(r: Rollout, rewards: np.ndarray) -> dict:
@@ -908,7 +908,7 @@ def shadow(policy: Policy, r: Rollout, n: int) -> list:
 
 
 def train_step(policy: Policy, problems: list[Problem], step: int, config: Config, optimizer,
-               schedule, look: int = 0) -> tuple[dict, Rollout, np.ndarray]:
+               look: int = 0) -> tuple[dict, Rollout, np.ndarray]:
     """One step of the algorithm; returns its metrics, rollout [N rows] and rewards [B, G].
 
     look: of so many rows the rollout gets the shadows, if they are soft or fuzzy."""
@@ -926,7 +926,7 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     with explained(torch.OutOfMemoryError, advice):
         fit = policy_gradient(policy, r, advantages, config.micro_batch)
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
-    lr = schedule.get_last_lr()[0]
+    lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
     skipped = not math.isfinite(norm + fit["loss"])
     if skipped:
         ids = [problem.id for problem in problems]
@@ -934,7 +934,6 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
     else:
         torch.manual_seed(row_seeds([(config.seed, ROUNDING, step)]).item())  # of AdamW16's
         optimizer.step()
-    schedule.step()
     optimizer.zero_grad()
     trained = time.perf_counter()
     figures = sampled(r, rewards)
@@ -972,9 +971,9 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
 
 def train(policy: Policy, config: Config, out: Path, problems: list, held_out: list) -> None:
     """The algorithm: for each step sample, reward, update; now and then validate and save."""
-    optimizer, schedule = make_optimizer(policy, config)
+    optimizer = make_optimizer(policy, config)
     if config.resume and (out / "state.pt").exists():
-        first, best = load_state(out / "state.pt", policy, optimizer, schedule)
+        first, best = load_state(out / "state.pt", policy, optimizer)
     else:
         first, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0)
     history, _ = (read_log(out / name, first) for name in ("metrics.jsonl", "samples.jsonl"))
@@ -988,7 +987,7 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         now = (step + 1) % every == 0 or last
         rows = config.prompts * config.samples // processes()
         look = min(3, rows) if now or step == 0 else 0
-        metrics, r, rewards = train_step(policy, batch, step, config, optimizer, schedule, look)
+        metrics, r, rewards = train_step(policy, batch, step, config, optimizer, look)
         append_jsonl(out / "metrics.jsonl", metrics)
         history.append(metrics)
         for n in range(look):
@@ -1004,7 +1003,7 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         start = time.perf_counter()
         if stop or last or gather(start > due)[0]:
             bar.set_postfix_str("saving")
-            save_state(out / "state.pt", policy, optimizer, schedule, step + 1, best)
+            save_state(out / "state.pt", policy, optimizer, step + 1, best)
             if rank() == 0:
                 with replacing(out / "curves.png") as part:
                     plot_curves(history, config.cot, part)
@@ -1559,23 +1558,22 @@ def read_log(path: Path, last: float = math.inf) -> list[dict]:
     return rows
 
 
-def save_state(path: Path, policy: Policy, optimizer, schedule, step: int, best: float) -> None:
-    """Save all that --resume needs; data order and noise follow from (seed, step) alone."""
+def save_state(path: Path, policy: Policy, optimizer, step: int, best: float) -> None:
+    """Save all that --resume needs; data order, noise, learning rate follow from the step."""
     model, moments = states.get_state_dict(policy.model, optimizer, options=WHOLE)
-    state = {"model": model, "optimizer": moments, "schedule": schedule.state_dict()}
+    state = {"model": model, "optimizer": moments, "step": step, "best": best}
     if rank() == 0:
         with replacing(path) as part:
-            torch.save({**state, "step": step, "best": best}, part)
+            torch.save(state, part)
 
 
-def load_state(path: Path, policy: Policy, optimizer, schedule) -> tuple[int, float]:
+def load_state(path: Path, policy: Policy, optimizer) -> tuple[int, float]:
     """Put a saved state back; return the step it was saved after and the best score till then."""
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # not all at once
     states.set_state_dict(policy.model, optimizer, model_state_dict=state["model"],
                           optim_state_dict=state["optimizer"], options=WHOLE)
     for moments in optimizer.state.values():  # no longer parts of the file, which will be replaced
         moments.update({name: x.clone() for name, x in moments.items()})
-    schedule.load_state_dict(state["schedule"])
     return state["step"], state["best"]
 
 

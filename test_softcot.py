@@ -1527,8 +1527,8 @@ def test_weights_without_a_gradient_are_saved_and_resumed(dtype, tmp_path):
     for policy in policies:
         policy.model.eye = nn.Linear(3, 3)
         policy.model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-        states.append((policy, *softcot.make_optimizer(policy, softcot.Config(dtype=dtype, lr=1e-3, steps=4))))
-    policy, optimizer, schedule = states[0]
+        states.append((policy, softcot.make_optimizer(policy, softcot.Config(dtype=dtype, lr=1e-3, steps=4))))
+    policy, optimizer = states[0]
     policy.model(torch.tensor([[3, 4]])).logits.sum().backward()
     optimizer.step()
     softcot.save_state(tmp_path / "state.pt", *states[0], 1, 0.5)
@@ -2723,8 +2723,8 @@ def test_the_solution_off_policy_updates_twice_and_sees_means_move(changed, monk
         rewards = itertools.cycle([0.0, 100])
         monkeypatch.setattr(module, "reward", lambda *_: next(rewards))
         policy = tiny_policy("llama")
-        optimizer, schedule = module.make_optimizer(policy, config)
-        metrics, _, _ = module.train_step(policy, problems, 0, config, optimizer, schedule)
+        optimizer = module.make_optimizer(policy, config)
+        metrics, _, _ = module.train_step(policy, problems, 0, config, optimizer)
         steps.append(optimizer.state[next(policy.model.parameters())]["step"].item())
         moved.append(metrics["mean_moved"])
     assert steps == [1, 2] and moved[0] < 1e-4 and moved[1] > 1e-2, moved
@@ -3018,10 +3018,10 @@ def test_a_full_disk_is_foreseen(tiny_folder, tmp_path, capsys, monkeypatch):
 def test_the_state_is_saved_more_seldom_if_that_takes_long(tiny_folder, tmp_path, monkeypatch):
     saved, real = [], softcot.save_state
 
-    def slow(path, policy, optimizer, schedule, step, best):
+    def slow(path, policy, optimizer, step, best):
         saved.append(step)
         time.sleep(0.3)
-        real(path, policy, optimizer, schedule, step, best)
+        real(path, policy, optimizer, step, best)
 
     monkeypatch.setattr(softcot, "save_state", slow)
     assert tiny_run(tiny_folder, tmp_path, "--steps", "30", "--eval-limit", "0") == 0
@@ -3143,8 +3143,8 @@ def test_a_resumed_run_does_not_hold_on_to_the_file_of_its_state(tiny_folder, tm
     assert tiny_run(tiny_folder, tmp_path, "--steps", "2", "--eval-limit", "0") == 0
     config, _ = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
     policy = softcot.load_policy(config, str(tiny_folder))
-    optimizer, schedule = softcot.make_optimizer(policy, config)
-    assert softcot.load_state(tmp_path / "state.pt", policy, optimizer, schedule)[0] == 2
+    optimizer = softcot.make_optimizer(policy, config)
+    assert softcot.load_state(tmp_path / "state.pt", policy, optimizer)[0] == 2
     assert any(moments["exp_avg"].any() for moments in optimizer.state.values())
     gc.collect()
     assert "state.pt" not in Path("/proc/self/maps").read_text()
@@ -3212,7 +3212,7 @@ def assert_nearly_the_same_run(ours, theirs, base):
         assert a["cot_entropy"] == pytest.approx(b["cot_entropy"], 1e-3)
     before = transformers.AutoModelForCausalLM.from_pretrained(base).state_dict()
     states = [torch.load(f / "state.pt", weights_only=True) for f in (ours, theirs)]
-    assert all(states[0][key] == states[1][key] for key in ("step", "best", "schedule"))
+    assert all(states[0][key] == states[1][key] for key in ("step", "best"))
     weights, moments = ([state[key] for state in states] for key in ("model", "optimizer"))
     assert list(weights[0]) == list(weights[1]) == list(before)
     assert moments[0]["state"].keys() == moments[1]["state"].keys()

@@ -50,12 +50,12 @@ def bench_modes(policy: Policy, config: Config, problems: list[softcot.Problem])
     """A row for hard, soft and fuzzy training."""
     coin = itertools.cycle([100.0, 0.0])
     still = dataclasses.replace(config, lr=1e-30)
-    optimizer, schedule = softcot.make_optimizer(policy, still)
+    optimizer = softcot.make_optimizer(policy, still)
     print(" " * 10, *(f"{name:>12}" for name in COLUMNS), flush=True)
     for cot in ("hard", "soft", "fuzzy"):
         mode = SETTINGS[f"{cot}_sample"]
         new = dict(cot=cot, tau=mode.tau, sigma_scale=mode.noise or None)
-        how = (dataclasses.replace(config, **new), optimizer, schedule)
+        how = (dataclasses.replace(still, **new), optimizer)
         with nothing_ends(policy), replaced("reward", lambda *_: next(coin)):
             seen = [softcot.train_step(policy, problems, step, *how)[0] for step in range(4)]
         medians = [np.median([metrics[name] for metrics in seen[1:]]) for name in COLUMNS]

@@ -255,7 +255,7 @@ def evaluation(lab: Lab) -> None:
 def whole_step(lab: Lab, shape: str, dtype: str, target: str) -> None:
     """Seconds and memory of a step: rollout, gradient, update."""
     policy, config = lab.policy(shape, dtype), lab.config(dtype)
-    optimizer, _ = softcot.make_optimizer(policy, config)
+    optimizer = softcot.make_optimizer(policy, config)
     lab.peak()
     times = {"rollout": [], "gradient": [], "update": []}
     for step in range(3):

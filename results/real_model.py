@@ -166,10 +166,10 @@ def train_run(name: str, given, flags: list[str], out: Path, clock: Clock, base:
         return
     policy = softcot.load_policy(config, given.folder)
     problems = questions(policy, config, out, given.questions)
-    optimizer, schedule = softcot.make_optimizer(policy, config)
+    optimizer = softcot.make_optimizer(policy, config)
     done = 0
     if state.exists():
-        done, _ = softcot.load_state(state, policy, optimizer, schedule)
+        done, _ = softcot.load_state(state, policy, optimizer)
     softcot.read_log(metrics, done)
     slowest = given.slowest  # of all runs: seconds of a step, of an evaluation
     try:
@@ -192,11 +192,11 @@ def train_run(name: str, given, flags: list[str], out: Path, clock: Clock, base:
                 if step < config.steps:
                     clock.need(2 * slowest["step"])
                     batch = softcot.prompts_of_step(problems, step, config.prompts, config.seed)
-                    row, _, _ = softcot.train_step(policy, batch, step, config, optimizer, schedule)
+                    row, _, _ = softcot.train_step(policy, batch, step, config, optimizer)
                     softcot.append_jsonl(metrics, row)
                     slowest["step"] = max(slowest["step"], time.perf_counter() - start)
     except OutOfTime:
-        softcot.save_state(state, policy, optimizer, schedule, done, 0.0)
+        softcot.save_state(state, policy, optimizer, done, 0.0)
         print(f"{label}: out of time at step {done}", flush=True)
         raise
     state.unlink(missing_ok=True)
