@@ -321,9 +321,7 @@ SMALLEST = {"cpu": 1, "cuda": 64, "mps": 64}  # a batch of so few rows is not ha
 
 
 class Keys(transformers.cache_utils.StaticLayer):
-    """Keys and values of one layer [N, heads, L, width], written into the engine's columns.
-
-    For the model it stays empty (is_initialized is False): the engine gives masks and positions."""
+    """Keys and values of one layer [N, heads, L, width], written into the engine's columns."""
 
     def __init__(self, engine: Engine):
         super().__init__(engine.L)
@@ -332,7 +330,7 @@ class Keys(transformers.cache_utils.StaticLayer):
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Write those of the present columns; return those of all rows and columns in use."""
         engine = self.engine
-        if self.keys is None:
+        if self.keys is None:  # is_initialized stays False: masks and positions are the engine's
             dtype = torch.bfloat16 if engine.policy.mixed else keys.dtype  # as attention wants them
             room = [(engine.N, x.shape[1], engine.L, x.shape[3]) for x in (keys, values)]
             self.keys, self.values = (keys.new_zeros(shape, dtype=dtype) for shape in room)
@@ -654,10 +652,9 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     """log pi of each CoT position [N, T] and answer token [N, A] of a rollout, with gradient.
 
     One pass over the stored inputs, which are constants: no gradient goes through what the CoT fed.
-    Means are computed again (eqs 9, 10). Positions outside the masks are 0; prompt, prefill and
-    gaps have no entry. Each different prompt runs once, its samples attend to a copy of its keys
-    and values. The third tensor, [N, T] without gradient, is the distance between each mean and the
-    rollout's, in sigma: rounding (0 for hard tokens)."""
+    Means are computed again (eqs 9, 10). Positions outside the masks are 0. Each different prompt
+    runs once, its samples attend to a copy of its keys and values. The third tensor, [N, T] without
+    gradient, is how far each mean is from the rollout's, in sigma: rounding (0 for hard tokens)."""
     embed = policy.model.get_input_embeddings()
     real = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
     prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
