@@ -618,7 +618,7 @@ def generate(engine: Engine, N: int, T: int, is_done: Callable[[str], bool]) -> 
     Returns the Phase and which rows were done. The text is looked at now and then; what a row went
     on with behind its end is masked out."""
     policy, look = engine.policy, LOOK[engine.real.device.type]
-    texts, finished, length, seen = [""] * N, [False] * N, [T] * N, 0
+    texts, length, seen = [""] * N, [T] * N, 0
     for t in progress(f"sampling, {N} rows", range(1, T + 1), "token"):  # steps so far
         engine.run_step()
         if t % look and t < T:
@@ -630,15 +630,14 @@ def generate(engine: Engine, N: int, T: int, is_done: Callable[[str], bool]) -> 
                 continue
             for i, token in enumerate(new, start=seen + 1):
                 texts[n] += policy.piece(token)
-                finished[n] = is_done(texts[n])
-                if finished[n] or token in policy.end_ids:
+                if is_done(texts[n]) or token in policy.end_ids:
                     length[n] = i
                     break
         seen, going = t, [n for n in running if length[n] > t]
         if not going:
             break
         engine.go_on(going)
-    return engine.phase(length), finished
+    return engine.phase(length), [is_done(text) for text in texts]
 
 
 # ---- 6. Log-probabilities, advantages, gradient -------------------------------------------------
