@@ -321,7 +321,7 @@ SMALLEST = {"cpu": 1, "cuda": 64, "mps": 64}  # a batch of so few rows is not ha
 
 
 class Keys(transformers.cache_utils.StaticLayer):
-    """Keys and values of one layer [N, heads, L, width], written into the engine's columns."""
+    """Keys and values of one layer [N, heads, L, head size], written into the engine's columns."""
 
     def __init__(self, engine: Engine):
         super().__init__(engine.L)
@@ -395,7 +395,7 @@ class Engine:
         alone = policy.model.device.type == "cuda" and not dist.is_initialized()
         # memory and stream that all recorded steps share; FSDP2 moves its weights: no recording
         self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if alone else ()
-        self.keys_and_values = []  # of all layers, each [N, heads, L, width], once they are made
+        self.keys_and_values = []  # of all layers, each [N, heads, L, head size], once made
         layers = policy.model.config.get_text_config().num_hidden_layers
         self.cache = transformers.cache_utils.Cache(layers=[Keys(self) for _ in range(layers)])
 
