@@ -1310,9 +1310,11 @@ class Task:
 
 
 PAPER_LR = {"llama-3.2-3b": 6e-6, "llama-3.1-8b": 3e-6, "qwen2.5-3b": 8e-6}
-LONG = dict(steps=4000, prompts=2, lr=6e-6, max_cot=512, eval_max_cot=512, max_answer=32)
-SHORT = LONG | dict(max_cot=128)  # both are the paper's values
-TOY = dict(steps=100, prompts=32, lr=5e-5, max_cot=9, eval_max_cot=9, max_answer=3)
+LONG = {"steps": 4000, "prompts": 2, "samples": 32, "max_cot": 512, "max_answer": 32}
+LONG |= {"lr": 6e-6, "eval_k": 32, "eval_max_cot": 512, "eval_limit": 128}  # the paper's values
+SHORT = LONG | {"max_cot": 128}
+TOY = LONG | {"steps": 100, "prompts": 32, "lr": 5e-5}
+TOY |= {"max_cot": 9, "max_answer": 3, "eval_max_cot": 9}
 MATH = "EleutherAI/hendrycks_math algebra counting_and_probability geometry intermediate_algebra"
 MATH += " number_theory prealgebra precalculus"
 TASKS = {
@@ -1697,7 +1699,7 @@ class Config:
     cot: str = option("soft", "the CoT of training", choices=("soft", "fuzzy", "hard"))
     steps: int = option(None, "gradient steps, one rollout each")
     prompts: int = option(None, "B: prompts a step")
-    samples: int = option(32, "G: samples of each prompt (default: 32)")
+    samples: int = option(None, "G: samples of each prompt")
     max_cot: int = option(None, "longest CoT in tokens, in training")
     max_answer: int = option(None, "longest answer in tokens")
     eval_max_cot: int = option(None, "longest CoT in tokens, in evaluation")
@@ -1713,8 +1715,8 @@ class Config:
     eval_tasks: list[str] = option(None, "also math500 olympiadbench FILE.jsonl")
     eval_settings: list[str] = option(
         tuple(SETTINGS), f"of {' '.join(SETTINGS)}", choices=SETTINGS, metavar="NAME")
-    eval_k: int = option(32, "samples a problem in evaluation, for pass@k (default: 32)")
-    eval_limit: int = option(128, "test problems to evaluate (default: 128); 0: no evaluation")
+    eval_k: int = option(None, "samples a problem in evaluation, for pass@k")
+    eval_limit: int = option(None, "test problems to evaluate; 0 skips all evaluation")
     micro_batch: int = option(None, "tokens in one backward pass (default: as memory allows)")
     dtype: str = option(None, "weights and arithmetic; bf16-mixed: fp32 weights, bf16 arithmetic",
                         choices=("fp32", "bf16-mixed", "bf16"))
