@@ -1,6 +1,6 @@
 """Tests of softcot: every one compares with an oracle (numpy, float64, brute force, a plain loop).
 
-    python -m pytest                 # 10 to 20 minutes on a CPU, no network
+    python -m pytest                 # 15 minutes on a CPU core, no network
 """
 
 import ast
