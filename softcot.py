@@ -1567,9 +1567,10 @@ def save_state(path: Path, policy: Policy, optimizer, step: int, best: float) ->
 
 def load_state(path: Path, policy: Policy, optimizer) -> tuple[int, float]:
     """Put a saved state back; return the step it was saved after and the best score till then."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # not all at once
-    states.set_state_dict(policy.model, optimizer, model_state_dict=state["model"],
-                          optim_state_dict=state["optimizer"], options=WHOLE)
+    with explained((KeyError, RuntimeError), f"{path} is damaged, or of another softcot.py"):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # not at once
+        states.set_state_dict(policy.model, optimizer, model_state_dict=state["model"],
+                              optim_state_dict=state["optimizer"], options=WHOLE)
     for moments in optimizer.state.values():  # no longer parts of the file, which will be replaced
         moments.update({name: x.clone() for name, x in moments.items()})
     return state["step"], state["best"]

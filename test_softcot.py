@@ -2868,6 +2868,22 @@ def test_no_command_touches_a_finished_run_unless_it_resumes_it(tiny_folder, tmp
         assert contents(out) == before
 
 
+@pytest.mark.parametrize("fault", ["cut", "older"])
+def test_a_state_that_can_not_be_read_is_one_line(fault, tiny_folder, tmp_path, capsys):
+    more = ("--steps", "2", "--eval-limit", "0")
+    assert tiny_run(tiny_folder, tmp_path / "run", *more) == 0
+    path = tmp_path / "run" / "state.pt"
+    if fault == "cut":
+        path.write_bytes(path.read_bytes()[:-2000])
+    else:  # another program may have named things in another way
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {"optimizer": {"old": torch.zeros(1)}}, path)
+    before = contents(tmp_path / "run")
+    line = one_line_error(capsys, command_of(tiny_folder, tmp_path / "run", *more, "--resume")[1:])
+    assert "state.pt is damaged, or of another softcot.py" in line
+    assert contents(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize(
     "flags", ["--max-cot 3000", "--task gsm8k --data-dir nowhere", "--eval-tasks toy math500 --data-dir no"]
 )
