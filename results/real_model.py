@@ -229,8 +229,9 @@ def means(rows: list[dict]) -> None:
     for run in [base, *((*run, step) for run, step in last.items())]:
         some = [figures(row) for row in rows if (row["run"], row["lr"], row["step"]) == run]
         values = np.array([list(f.values()) for f in some])
-        spread = values.std(axis=0, ddof=1) if len(some) > 1 else 0 * values[0]
-        texts = [f"{mean:.3f} ± {sd:.3f}" for mean, sd in zip(values.mean(axis=0), spread)]
+        texts = [f"{mean:.3f}" for mean in values.mean(axis=0)]
+        if len(some) > 1:
+            texts = [f"{text} ± {sd:.3f}" for text, sd in zip(texts, values.std(axis=0, ddof=1))]
         name = run[0] if run[2] else "base"
         print(f"| {name} | {run[2]} | {len(some)} | {run[1]:g} | {' | '.join(texts)} |")
 
@@ -242,6 +243,8 @@ def report(out: Path) -> None:
           " | choice NLL |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 3)
+    rates = list(dict.fromkeys(row["lr"] for row in rows))
+    lines = dict(zip(rates, ("o-", "s--", "^:")))
     for run in dict.fromkeys((row["run"], row["seed"], row["lr"]) for row in rows):
         some = [row for row in rows if (row["run"], row["seed"], row["lr"]) == run]
         points = []
@@ -256,10 +259,11 @@ def report(out: Path) -> None:
                   f" {sample['cot_entropy']:.3f} | {row['kl']:.4f} | {' '.join(nll)} |")  # fmt: skip
         steps, kl, greedy, one, most = zip(*points)
         for axes, x, y in zip(panels, (steps, one, kl), (greedy, most, most)):
-            axes.plot(x, y, "o-", markersize=4, color=STYLE[run[0]], alpha=0.8)
+            axes.plot(x, y, lines[run[2]], markersize=4, color=STYLE[run[0]], alpha=0.8)
     most_k = rows[0]["hard_sample"]["n"]
-    for name in dict.fromkeys(row["run"] for row in rows):
-        panels[1].plot([], [], color=STYLE[name], label=name)
+    for name, lr in dict.fromkeys((row["run"], row["lr"]) for row in rows):
+        label = name if len(rates) == 1 else f"{name}, lr {lr:g}"
+        panels[1].plot([], [], lines[lr], markersize=4, color=STYLE[name], label=label)
     panels[0].set(xlabel="step", ylabel="hard greedy pass@1")
     panels[1].set(xlabel="hard sample pass@1", ylabel=f"hard sample pass@{most_k}")
     panels[2].set(xlabel="KL from the base (nats a token)", ylabel=f"hard sample pass@{most_k}")

@@ -212,11 +212,13 @@ def main(arguments=None) -> None:
         settings[f"fuzzy tau {tau:g}"] = fuzzy
     settings = {name: x for name, x in settings.items() if x.cot in given.modes}
     rows = lab.signal(settings, given.sketch)
-    print("| mode | success | n0 of the CoT's score | n0 of the answers' score | batches |")
-    print("|---|---|---|---|---|")
+    print("| mode | success | n0 of the CoT's score | n0 of the answers' score | batches |"
+          " norms of the two gradients |\n|---|---|---|---|---|---|")  # fmt: skip
     for cot, answer in zip(rows[::2], rows[1::2]):
         texts = [f"{number(x['n0'])} [{number(x['low'])}, {number(x['high'])}]" for x in (cot, answer)]
-        print(f"| {cot['mode']} | {cot['success']:.3f} | {' | '.join(texts)} | {cot['K']} x {cot['N']} |")
+        norms = ", ".join(number(x["norm"]) for x in (cot, answer))
+        print(f"| {cot['mode']} | {cot['success']:.3f} | {' | '.join(texts)} |"
+              f" {cot['K']} x {cot['N']} | {norms} |")  # fmt: skip
     if given.out:
         finite = [{k: None if v == math.inf else v for k, v in row.items()} for row in rows]
         record = {"model": config.model or "toy", "task": config.task, "seed": config.seed}
