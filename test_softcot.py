@@ -2117,6 +2117,19 @@ def test_the_score_that_is_left_out_of_a_control_gives_no_gradient():
         torch.testing.assert_close(every.take(), apart[part], **close)
 
 
+def test_gradients_that_are_clipped_apart_have_each_the_norm_1():
+    policy = tiny_policy("llama")
+    r = sample(policy, SETTINGS["soft_sample"])
+    advantages, every = torch.linspace(-1, 1, len(r.cots)), snr.Sketch(policy, 10**9)
+    found = snr.gradients(policy, r, advantages, every)
+    expected = sum(g / g.norm() for g in found.values())
+    assert min(g.norm() for g in found.values()) > 1
+    with real_model.score_of("apart"):
+        softcot.policy_gradient(policy, r, advantages)
+    close = dict(rtol=0, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(every.take(), expected, **close)
+
+
 def test_the_rule_of_the_window_is_counted_on_runs_that_did_not_make_it(tmp_path, monkeypatch, capsys):
     """Two runs made the rule, two did not; it is wrong in one of the latter."""
     row = dict(width=64, base_without=0.4, mixed=0.5, first=0.1, last=0.9, greedy_base=0.4, grad_norm=1)

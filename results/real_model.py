@@ -6,12 +6,13 @@
 
 Other flags are those of softcot.py. Training questions are those that the base solves in 10 to 90 %
 of hard samples (OUT/questions.json). Then, in this order, from one base with one seed: soft tokens
-with the noise --noise, hard ones, --noise with the answers' score alone, 0.33, fuzzy, --noise with
-the CoT's score alone. Each is evaluated at steps 0, 25, 50, 100, ... on the first test problems:
-hard greedy and hard sampling, a multiple choice, and the distance from the base (KL of next tokens
-on worked solutions). What is there already, in OUT, is not done again; a run that ran out of its
-minutes goes on from its state. Without network, GSM8K needs Math-Verify beside the data: install it by
-`pip install --target DIR math-verify` where there is one, and set PYTHONPATH=DIR.
+with the noise --noise, hard ones, --noise with the answers' score alone, with both scores whose
+gradients are clipped apart, 0.33, fuzzy, --noise with the CoT's score alone. Each is evaluated at
+steps 0, 25, 50, 100, ... on the first test problems: hard greedy and hard sampling, a multiple
+choice, and the distance from the base (KL of next tokens on worked solutions). What is there
+already, in OUT, is not done again; a run that ran out of its minutes goes on from its state.
+Without network, GSM8K needs Math-Verify beside the data: install it by `pip install --target DIR
+math-verify` where there is one, and set PYTHONPATH=DIR.
 """
 
 import argparse
@@ -37,6 +38,7 @@ RUNS = {  # mode, noise factor (None: --noise), which score is trained
     "soft": ("soft", None, "both"),
     "hard": ("hard", None, "both"),
     "answers": ("soft", None, "answers"),
+    "apart": ("soft", None, "apart"),
     "soft-0.33": ("soft", 0.33, "both"),
     "fuzzy": ("fuzzy", 0.33, "both"),
     "cot": ("soft", None, "cot"),
@@ -45,7 +47,7 @@ CHECKS = (0, 25, 50, 100, 150, 200, 300, 400, 600, 800, 1000)  # steps that are 
 TRIES = 8  # samples of a question, to choose it
 ROWS = 512  # of a batch, where nothing is trained
 TEXTS = 32  # worked solutions on which the distance from the base is measured
-STYLE = dict(zip(["base", *RUNS], ("#7f7f7f", "#d55e00", "#0072b2", "#cc79a7", "#e69f00", "#009e73", "#56b4e9")))
+STYLE = dict(zip(["base", *RUNS], ("#7f7f7f", "#d55e00", "#0072b2", "#cc79a7", "#000000", "#e69f00", "#009e73", "#56b4e9")))
 
 
 class OutOfTime(Exception):
@@ -66,20 +68,38 @@ class Clock:
 
 @contextmanager
 def score_of(which: str):
-    """Train with the log-probabilities of "both", or of "cot" or "answers" alone."""
-    real = softcot.log_probs
+    """Train with the log-probabilities of "both", of "cot" or "answers" alone, or of both "apart"."""
+    real = softcot.log_probs, softcot.policy_gradient
 
     def some(policy, r):
         """log_probs() with the gradient of a part."""
-        cot, answer, moved = real(policy, r)
+        cot, answer, moved = real[0](policy, r)
         return (cot.detach() if which == "answers" else cot,
                 answer.detach() if which == "cot" else answer, moved)  # fmt: skip
 
-    softcot.log_probs = some
+    def apart(policy, r, advantages, micro_batch=None):
+        """policy_gradient() with the gradient of each part clipped by itself: neither drowns the other."""
+        weights = [w for w in policy.model.parameters() if w.requires_grad]
+        total = [torch.zeros_like(w) for w in weights]
+        for part in ("cot", "answers"):
+            with score_of(part):
+                stats = real[1](policy, r, advantages, micro_batch)
+            torch.nn.utils.clip_grad_norm_(weights, softcot.MAX_GRAD_NORM)
+            for sum_of_both, w in zip(total, weights):
+                sum_of_both += w.grad if w.grad is not None else 0
+                w.grad = None
+        for sum_of_both, w in zip(total, weights):
+            w.grad = sum_of_both
+        return stats
+
+    if which == "apart":
+        softcot.policy_gradient = apart
+    else:
+        softcot.log_probs = some
     try:
         yield
     finally:
-        softcot.log_probs = real
+        softcot.log_probs, softcot.policy_gradient = real
 
 
 def questions(policy: Policy, config: Config, out: Path, count: int) -> list[softcot.Problem]:

@@ -122,7 +122,7 @@ class Lab:
 
     def success_by_noise(self) -> list[dict]:
         """The base's success and mixed groups with each factor, and with hard tokens."""
-        soft = softcot.SETTINGS["soft_sample"]
+        soft = softcot.settings_of(self.config)["soft_sample"]  # with --tau
         settings = {f"soft {f:g}": dataclasses.replace(soft, noise=f) for f in FACTORS}
         settings["hard"] = softcot.SETTINGS["hard_sample"]
         seen, step = {name: ([], [], []) for name in settings}, 0  # right [B, G], texts, lengths
@@ -205,7 +205,7 @@ def main(arguments=None) -> None:
     print(f"\nrecommended: --sigma-scale {factor:g} (the most groups with mixed outcomes)\n", flush=True)
     settings = {"hard": softcot.SETTINGS["hard_sample"]}
     for noise in dict.fromkeys([softcot.SETTINGS["soft_sample"].noise, factor]):
-        soft = dataclasses.replace(softcot.SETTINGS["soft_sample"], noise=noise)
+        soft = dataclasses.replace(softcot.settings_of(config)["soft_sample"], noise=noise)
         settings |= {f"soft {noise:g}": soft} if noise else {}
     for tau in (1e-4, 0.1):
         fuzzy = dataclasses.replace(softcot.SETTINGS["fuzzy_sample"], tau=tau)
