@@ -32,7 +32,7 @@ Where the paper is silent or ambiguous, and where this differs from it: see the 
 from __future__ import annotations
 
 import argparse, atexit, dataclasses, datetime, gc, json, math, os, re, shlex, shutil
-import signal, subprocess, sys, threading, time
+import signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -349,6 +349,7 @@ def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
     that waits for the host (some mixtures of experts do) can't be recorded."""
     graph = torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
+    warnings.filterwarnings("ignore", "Synchronization debug mode")  # that it is a prototype
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(side):
