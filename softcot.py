@@ -35,7 +35,7 @@ import argparse, atexit, dataclasses, datetime, gc, json, math, os, re, shlex, s
 import signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -304,8 +304,8 @@ class Policy:
         # Twice less once, as decode() may drop the leading space of the first token.
         return cache(lambda token: self.decode([token] * 2)[len(self.decode([token])) :])
 
-    def decode(self, ids) -> str:
-        """Text of token ids, without special tokens."""
+    def decode(self, ids):
+        """Text of token ids, or of each of several rows of them, without special tokens."""
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -437,12 +437,13 @@ class Engine:
         return hidden
 
     def arrange(self, places: np.ndarray) -> None:
-        """Put into place i what stands in places[i], of all that is kept for each row."""
+        """Reorder or copy rows, with all that is kept for each: row i becomes old row places[i]."""
         self.order[: len(places)] = self.order[places]
-        index = torch.from_numpy(places).to(self.real.device)
+        moved = np.flatnonzero(places != np.arange(len(places)))
+        new, old = (torch.from_numpy(x).to(self.real.device) for x in (moved, places[moved]))
         kept = (self.real, self.seeds, self.hidden, *self.buffers.values(), *self.keys_and_values)
         for buffer in kept:
-            buffer[: len(places)] = buffer[index]
+            buffer[new] = buffer[old]
 
     def begin(self, setting: Setting, position=0, sigma=0.0, keep=False) -> None:
         """Start a phase of the rows in the batch, with noise of size sigma.
@@ -538,6 +539,10 @@ class Phase(Step):
 
     mask: Tensor  # [N, T] True on real tokens; behind a row's end x and eps are anything
 
+    def tokens(self) -> list[list[int]]:
+        """The real ids of each row."""
+        return [row[:n] for row, n in zip(self.ids.tolist(), self.mask.sum(1).tolist())]
+
 
 @dataclass
 class Rollout:
@@ -595,7 +600,7 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         engine.batch, engine.seeds[:N] = N, seeds
         engine.begin(setting, 0, sigma, keep)
         cot, stopped = generate(engine, N, max_cot, lambda text: STOP.strip() in text)
-        cots = [policy.decode(row[real]) for row, real in zip(cot.ids, cot.mask)]
+        cots = policy.decode(cot.tokens())
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
         openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
         prefill_ids, prefill_mask = policy.tokenize(openings, begins=False)  # [N, F]
@@ -603,7 +608,7 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         engine.feed(engine.E[prefill_ids], prefill_mask)
         engine.begin(Setting("hard", answer_tau, 0.0), position=max_cot)
         answer, _ = generate(engine, N, max_answer, lambda text: boxed(text) is not None)
-    answers = [policy.decode(row[real]) for row, real in zip(answer.ids, answer.mask)]
+    answers = policy.decode(answer.tokens())
     return Rollout(setting, sigma, ids[prompt_of], mask[prompt_of], prefill_ids, prefill_mask,
                    cot, answer, stopped, cots, answers)
 
@@ -1253,6 +1258,7 @@ ASK = r"(?=.*[/^\\])(?![/^]|.*(?:\d +\d|/$))(?:[\d. /^{}]|(?<![\d} -])-"  # for 
 ASK += r"|\\[dt]?frac(?= *[\d{])|\\text|\\circ|\\(?:times|cdot)(?= *10 *\^))*"
 
 
+@lru_cache(2**16)
 def same_number(answer: str, gold: str) -> bool:
     """Whether two answers state the same number: `\\$1,200.00` and `1200 apples` do.
 
