@@ -23,9 +23,10 @@ A sequence is laid out as  [prompt P | gap][CoT T | gap][prefill F | gap][answer
 Gaps are the columns that a shorter row leaves empty. Masks are True on real tokens; positions
 count them, so gaps leave no trace, and every column has something to attend to: the prompt's
 first token, at the least.
-A CoT ends when its likeliest tokens spell the stop phrase "The final answer is: ", at an end
-token, or after T tokens; then `\\boxed{` is put behind it (with the phrase, if it is missing), and
-the answer ends where that box closes. Reward: 100 if it is right, 10 if wrong, 0 if still open.
+A CoT ends when its tokens (of a soft one the likeliest) spell the stop phrase "The final answer
+is: ", at an end token, or after --max-cot tokens. Then `\\boxed{` is put behind it (with the
+phrase, if it is missing), and the answer ends where that box closes, at an end token, or after
+--max-answer tokens. Reward: 100 if it is right, 10 if wrong, 0 if the box is still open.
 Where the paper is silent or ambiguous, and where this differs from it: see the README.
 """
 
@@ -62,7 +63,7 @@ class Setting:
     """How the CoT's next input is made from the logits."""
 
     cot: str  # hard: one token's embedding; soft, fuzzy: a mixture of embeddings
-    tau: float  # temperature of p = softmax(logits / tau); 0 means arg-max
+    tau: float  # temperature of p = softmax(logits / tau); 0, for hard alone: the arg-max
     noise: float  # sigma, in units of the root-mean-square of E; 0: none
 
     @property
@@ -114,10 +115,10 @@ def gaussian_logp(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
 def soft_logp(eps: Tensor, mean: Tensor, sigma: float) -> Tensor:
     """log pi of a soft token that was drawn as its mean + sigma * eps   (eqs 9, 10).
 
-    The sample is put at the mean computed *here* plus sigma * eps, so the gradient is eps / sigma
-    times that of the mean, which on policy is exact. The x that was fed lies around the rollout's
-    mean; rounding moves means by many sigma (embeddings are about 100 sigma apart), and that would
-    drown eps. So the value is always -||eps||^2 / 2: only the gradient informs.
+    The value is always -||eps||^2 / 2; what informs is the gradient, eps / sigma times that of the
+    mean, which on policy is exact: the sample is put at the mean computed *here* plus sigma * eps.
+    The x that was fed lies around the mean of the rollout. Where two tokens tie, rounding moves
+    means by many sigma (embeddings are tens to hundreds apart), which would drown eps.
     eps, mean [..., D], with gradient of the mean -> [...] in nats."""
     return gaussian_logp(mean + sigma * eps, mean, sigma)
 
@@ -153,7 +154,7 @@ class Step:
     ids: Tensor  # [N] hard: the tokens; soft, fuzzy: their shadow, the likeliest one, as text
     logp: Tensor  # [N] nats, as the sampler saw it; 0 if deterministic: there is no density
     entropy: Tensor  # [N] nats, of the next-token distribution before noise
-    x: Optional[Tensor] = None  # [N, D] the input; a Phase has it for the loss of a soft CoT alone
+    x: Optional[Tensor] = None  # [N, D] the input; in a Phase only of soft CoTs, for the loss
     eps: Optional[Tensor] = None  # [N, D] the noise that was drawn, in units of sigma
 
 
@@ -232,15 +233,17 @@ class Policy:
     tokenizer: transformers.PreTrainedTokenizerBase
     mixed: bool = False  # bf16 arithmetic on fp32 weights
     logit_scale: float = 1.0  # what the model multiplies its head's output by (Granite, Cohere)
-    engine: Optional[Engine] = None  # that of the last rollout, for the next one
-    call: Callable = lambda function, *arguments: function(*arguments)  # shard() has another one
+    engine: Optional[Engine] = None  # buffers of the last rollout, for the next one
+    # how to call a function that uses the weights: FSDP2 has to see that (see shard())
+    call: Callable = lambda function, *arguments: function(*arguments)
 
     def arithmetic(self):
         """The context in which rollout and loss both run the model.
 
-        Weights that were cast are kept for the backward pass; sampling has a copy of its own."""
+        Weights cast to bf16 are kept for the backward pass; sampling has copies of its own."""
         keep = torch.is_grad_enabled()
-        return torch.autocast(self.model.device.type, torch.bfloat16, self.mixed, keep)
+        kind = self.model.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.mixed, cache_enabled=keep)
 
     def embeddings(self) -> Tensor:
         """E [V, D], with gradient: the embeddings as the model computes them from token ids.
@@ -262,15 +265,16 @@ class Policy:
         return bound * torch.tanh(logits / bound) if bound else logits
 
     def run(self, x: Tensor, real: Tensor, columns: Tensor, cache=None, weights=None) -> Tensor:
-        """Feed x [N, C, D] as columns [C] of the real [N, L]; their last hidden states [N, C, H].
+        """Feed x [N, C, D], which stands in columns [C]; its last hidden states [N, C, H].
 
-        Each column attends to the real ones up to itself, and its position is their number. cache
+        real [N, L]: which columns hold tokens, these included. Each attends to the real ones up to
+        itself, and its position is their number, less one. cache
         has the keys and values of earlier columns, and gets those of these. weights, by name, take
         the place of the model's own."""
         seen = real[:, None] & (torch.arange(real.shape[1], device=real.device) <= columns[:, None])
         positions, mask = seen.sum(2) - 1, seen[:, None]  # [N, C], [N, 1, C, L]
         if self.model.config.get_text_config()._attn_implementation == "eager":
-            mask = torch.where(mask, 0.0, -1e9)  # is added to the logits there
+            mask = torch.where(mask, 0.0, -1e9)  # is added to the attention's scores there
         inputs = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions)
         inputs |= dict(past_key_values=cache, use_cache=cache is not None)
         model = self.model.base_model
@@ -289,7 +293,7 @@ class Policy:
         rows = self.tokenizer(texts, add_special_tokens=begins).input_ids
         # some tokenizers end each text: then the model would not go on with it
         rows = [row[:-1] if len(row) > 1 and row[-1] in self.end_ids else row for row in rows]
-        if not begins:  # Llama 2 puts a space before each text: behind a line's end it does not
+        if not begins:  # Llama 2 puts a space before each text; not behind "\n", which is cut off
             plain = partial(self.tokenizer, add_special_tokens=False)
             both, line = plain(["\n" + x for x in texts]).input_ids, plain("\n").input_ids
             tails = [ids[len(line) :] if ids[: len(line)] == line else None for ids in both]
@@ -301,7 +305,7 @@ class Policy:
     @cached_property
     def piece(self) -> Callable[[int], str]:
         """A function: the text that a token id adds to what stands before it."""
-        # Twice less once, as decode() may drop the leading space of the first token.
+        # the token twice, less its text once, as decode() may drop a text's leading space
         return cache(lambda token: self.decode([token] * 2)[len(self.decode([token])) :])
 
     def decode(self, ids):
@@ -311,9 +315,9 @@ class Policy:
 
 
 # ---- 4. Engine: rows that grow column by column, at fixed addresses -----------------------------
-# Keys and values are kept, so that each step runs one new column. Decoding is begin(), step() and
-# feed(); the rest makes it fast and can be skipped: rows that ended are set apart, a GPU replays
-# the step.
+# Keys and values are kept, so that each step runs one new column. rollout() and generate() below
+# show how it is used: reserve() and feed() a text, begin() a phase, run_step() for each position,
+# phase() to end it. Keys, run_and_record(), go_on() and engine_with() make it fast; skip them.
 
 LOOK = {"cpu": 1, "cuda": 16, "mps": 16}  # positions between two looks at the text
 BLOCK = {"cpu": 32, "cuda": 128, "mps": 128}  # columns in use are a multiple of it
@@ -330,7 +334,7 @@ class Keys(transformers.cache_utils.StaticLayer):
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Write those of the present columns; return those of all rows and columns in use."""
         engine = self.engine
-        if self.keys is None:  # is_initialized stays False: masks and positions are the engine's
+        if self.keys is None:  # is_initialized stays False: else transformers makes its own masks
             dtype = torch.bfloat16 if engine.policy.mixed else keys.dtype  # as attention wants them
             room = [(engine.N, x.shape[1], engine.L, x.shape[3]) for x in (keys, values)]
             self.keys, self.values = (keys.new_zeros(shape, dtype=dtype) for shape in room)
@@ -385,14 +389,15 @@ class Engine:
         self.filled = 0  # columns filled or reserved, as the host counts them
         self.order = np.arange(rows)  # [N] the row that stands in each place
         self.real = zeros(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
-        self.column = zeros(1, dtype=torch.int64)  # the next one
+        self.next_column = zeros(1, dtype=torch.int64)
+        self.columns = self.next_column  # [C] those that are being fed
         self.t = zeros(1, dtype=torch.int64)  # the next position of the phase
-        self.position = zeros(1, dtype=torch.int64)  # the same in the rows' random streams
+        self.position = zeros(1, dtype=torch.int64)  # its place in the rows' random streams
         self.seeds = zeros(rows, dtype=torch.int64)  # [N] of these streams
         self.sigma = zeros(())
         self.hidden, self.E = None, None  # [N, H] of each row's last real column; [V, D]
         self.buffers = {}  # by name: the fields of Phase, [N, T, ...]; each phase is copied out
-        self.steps, self.weights = {}, {}  # replays, by setting and shape; in bf16, by name
+        self.replays, self.weights = {}, {}  # by setting and shape; in bf16, by name
         alone = policy.model.device.type == "cuda" and not dist.is_initialized()
         # memory and stream that all recorded steps share; FSDP2 moves its weights: no recording
         self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if alone else ()
@@ -406,7 +411,7 @@ class Engine:
         Where arithmetic is bf16 and weights are fp32, those of linear layers are copied, once for
         all tokens. Old keys leave, too: masked ones have weight 0, but 0 times NaN is NaN."""
         self.filled = 0
-        for buffer in (self.column, self.real, *self.keys_and_values):
+        for buffer in (self.next_column, self.real, *self.keys_and_values):
             buffer.zero_()
         E = self.policy.embeddings().detach()
         self.E = E if self.E is None or self.E.data_ptr() == E.data_ptr() else self.E.copy_(E)
@@ -416,7 +421,9 @@ class Engine:
                     self.weights.setdefault(f"{layer}.{name}", w.detach().bfloat16()).copy_(w)
 
     def reserve(self, count: int) -> None:
-        """Announce so many columns more: the width grows, so that attention reads them."""
+        """Announce so many columns more, before they are fed: attention reads a greater width.
+
+        Not in feed(), which a GPU replays without asking the host."""
         self.filled += count
         block = BLOCK[self.real.device.type]
         self.width = min(self.L, -(-self.filled // block) * block)
@@ -426,14 +433,14 @@ class Engine:
 
         real [M, C]: in each row the real ones come first."""
         M, C = real.shape
-        self.columns = self.column + torch.arange(C, device=x.device)
+        self.columns = self.next_column + torch.arange(C, device=x.device)
         self.real[:M].index_copy_(1, self.columns, real)
         used = self.real[:M, : self.width]
         hidden = self.policy.run(x, used, self.columns, self.cache, self.weights)
         if self.hidden is None:
             self.hidden = hidden.new_zeros(self.N, hidden.shape[2])
         self.hidden[:M] = hidden[torch.arange(M, device=x.device), real.sum(1) - 1]
-        self.column += C
+        self.next_column += C
         return hidden
 
     def arrange(self, places: np.ndarray) -> None:
@@ -448,7 +455,8 @@ class Engine:
     def begin(self, setting: Setting, position=0, sigma=0.0, keep=False) -> None:
         """Start a phase of the rows in the batch, with noise of size sigma.
 
-        position: that of its first step in the random streams. keep: also what the loss needs."""
+        position: of its first step in the random streams, so that a CoT and its answer have numbers
+        of their own. keep: also what the loss needs."""
         self.setting, self.first, self.order = setting, self.filled, np.arange(self.N)
         self.kept = ["ids", "logp", "entropy"]
         if keep and setting.cot != "hard":
@@ -469,7 +477,7 @@ class Engine:
             if name not in self.buffers:
                 self.buffers[name] = value.new_zeros(self.N, self.T, *value.shape[1:])
             self.buffers[name][:M].index_copy_(1, self.t, value[:, None])
-        real = torch.ones_like(made.ids[:, None], dtype=torch.bool)  # what is not, phase() masks
+        real = torch.ones_like(made.ids[:, None], dtype=torch.bool)  # until phase() masks ends
         self.feed(made.x[:, None], real)
         self.t += 1
         self.position += 1
@@ -478,10 +486,10 @@ class Engine:
         """A step; on a GPU of one process, a replayed one."""
         self.reserve(1)
         key = (self.setting, "x" in self.kept, self.batch, self.width)
-        if key in self.steps:
-            self.steps[key]()
+        if key in self.replays:
+            self.replays[key]()
         elif self.graphs:
-            self.steps[key] = run_and_record(self.step, *self.graphs)
+            self.replays[key] = run_and_record(self.step, *self.graphs)
         else:
             self.step()
 
@@ -524,7 +532,7 @@ def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
 
 
 def forget_engine(policy: Policy) -> None:
-    """Free the last rollout's buffers and graphs at once: they know each other, so part them."""
+    """Free the last rollout's buffers and graphs at once: they refer to each other in circles."""
     if policy.engine is not None:
         vars(policy.engine).clear()
     policy.engine = None
@@ -602,6 +610,7 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         cot, stopped = generate(engine, N, max_cot, lambda text: STOP.strip() in text)
         cots = policy.decode(cot.tokens())
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
+        # a CoT that was cut off is gone on with as it stands, with no space, as in the paper
         openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
         prefill_ids, prefill_mask = policy.tokenize(openings, begins=False)  # [N, F]
         engine.reserve(prefill_ids.shape[1])
@@ -618,13 +627,14 @@ def progress(what: str, items, unit: str) -> tqdm:
     return tqdm(items, desc=what, unit=unit, leave=False, delay=5, disable=rank() > 0)
 
 
-def generate(engine: Engine, N: int, T: int, is_done: Callable[[str], bool]) -> tuple:
+def generate(engine: Engine, N: int, T: int,
+             is_done: Callable[[str], bool]) -> tuple[Phase, list[bool]]:
     """The phase that the engine began: up to T steps of N rows, each until is_done(its text).
 
-    Returns the Phase and which rows were done. The text is looked at now and then; what a row went
-    on with behind its end is masked out."""
+    Returns the Phase and which rows were done. The text is looked at now and then; the tokens that
+    a row has made behind its end till then are masked out."""
     policy, look = engine.policy, LOOK[engine.real.device.type]
-    texts, length, seen = [""] * N, [T] * N, 0
+    texts, length, seen = [""] * N, [T] * N, 0  # length: T until a row's end is seen
     for t in progress(f"sampling, {N} rows", range(1, T + 1), "token"):  # steps so far
         engine.run_step()
         if t % look and t < T:
@@ -649,6 +659,7 @@ def generate(engine: Engine, N: int, T: int, is_done: Callable[[str], bool]) -> 
 # ---- 6. Log-probabilities, advantages, gradient -------------------------------------------------
 # One pass over what was sampled gives the log-probability of each of its positions, with gradient;
 # times the advantages, that is REINFORCE. Chunks and micro-batches change nothing but the memory.
+# With one process gather(x) is [x], processes() is 1 and policy.call(f, x) is f(x).
 
 CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
 
@@ -656,17 +667,19 @@ CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
 def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     """log pi of each CoT position [N, T] and answer token [N, A] of a rollout, with gradient.
 
-    One pass over the stored inputs, which are constants: no gradient goes through what the CoT fed.
-    Means are computed again (eqs 9, 10). Positions outside the masks are 0. Each different prompt
-    runs once, its samples attend to a copy of its keys and values. The third tensor, [N, T] without
-    gradient, is how far each mean is from the rollout's, in sigma: rounding (0 for hard tokens)."""
+    One pass over the inputs. The stored x of a soft CoT are constants; tokens are embedded again,
+    with gradient. Means are computed again (eqs 9, 10). Positions outside the masks are 0. Each
+    different prompt runs once, its samples attend to a copy of its keys and values. The third
+    tensor, [N, T] without gradient, is how far each mean is from the rollout's, in sigma: rounding
+    (0 for hard tokens)."""
     embed = policy.model.get_input_embeddings()
     real = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
     prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
     prompts, prompt_of = prompts.unique(dim=0, return_inverse=True)  # [B, P] different ones, [N]
     P, T, F, A = (x.shape[1] for x in (prompts, r.cot.ids, r.prefill_ids, r.answer.ids))
     ids = torch.cat([r.cot.ids, r.prefill_ids, r.answer.ids], dim=1)  # [N, T+F+A]
-    flat = embed(torch.cat([prompts.clamp(min=0).flatten(), ids.flatten()]))  # one gradient of E
+    # one call, so that one gradient [V, D] is made
+    flat = embed(torch.cat([prompts.clamp(min=0).flatten(), ids.flatten()]))
     prompt_x = flat[: prompts.numel()].unflatten(0, prompts.shape)  # [B, P, D]
     rest = flat[prompts.numel() :].unflatten(0, ids.shape)  # [N, T+F+A, D]
     if r.cot.x is not None:
@@ -679,11 +692,12 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         hidden = policy.run(rest, real, columns[P:], cache)
         hidden = torch.cat([first[prompt_of], hidden], dim=1)  # [N, L, H]
         # a position is predicted from the last real column before it, never from a gap
-        before = torch.where(real, columns, 0).cummax(dim=1).values.roll(1, dims=1)  # [N, L]
-        cot = phase_logp(policy, r.cot, r.setting, r.sigma, hidden, before[:, P : P + T])
-        hard = SETTINGS["hard_sample"]
-        answer = phase_logp(policy, r.answer, hard, 0.0, hidden, before[:, P + T + F :])
-    return cot[0], answer[0], cot[1]
+        last = torch.where(real, columns, 0).cummax(dim=1).values  # [N, L]
+        before = last.roll(1, dims=1)
+        cot, moved = phase_logp(policy, r.cot, r.setting, r.sigma, hidden, before[:, P : P + T])
+        hard = SETTINGS["hard_sample"]  # temperature 1, at which answers of training are sampled
+        answer, _ = phase_logp(policy, r.answer, hard, 0.0, hidden, before[:, P + T + F :])
+    return cot, answer, moved
 
 
 def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hidden: Tensor,
@@ -691,19 +705,19 @@ def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hid
     """log pi of a phase's positions, with gradient, and how far their means moved: [N, T] each.
 
     hidden [N, L, H]; before [N, T]: the column that predicts each position. Logits (V a position)
-    are the largest tensors of all, so they are made for a few positions at a time, and once more
-    in the backward pass. Reentrant: each few add their gradient to that of the weights at once."""
+    are the largest tensors of all, so they are made for a chunk of positions at a time, and once
+    more in the backward pass. Reentrant: each chunk's gradient is added to the weights' at once."""
     row, place = phase.mask.nonzero(as_tuple=True)  # [M] the real positions
     # recomputation needs an input with gradient, even if all of it is constant
     found = hidden[row, before[row, place]].requires_grad_(torch.is_grad_enabled())  # [M, H]
-    one = partial(positions_logp, policy, setting, sigma)
+    score = partial(positions_logp, policy, setting, sigma)
     if torch.is_grad_enabled():
-        one = partial(recompute, one, use_reentrant=True)
-    size, values = max(1, CHUNK // policy.model.get_input_embeddings().num_embeddings), []
-    for rows, places, some in zip(*(x.split(size) for x in (row, place, found))):
+        score = partial(recompute, score, use_reentrant=True)
+    size, scores = max(1, CHUNK // policy.model.get_input_embeddings().num_embeddings), []
+    for rows, places, chunk in zip(*(x.split(size) for x in (row, place, found))):
         stored = (phase.ids, phase.eps, phase.x)
-        values.append(one(some, *(x if x is None else x[rows, places] for x in stored)))
-    logp, moved = (torch.cat(x) for x in zip(*values))
+        scores.append(score(chunk, *(x if x is None else x[rows, places] for x in stored)))
+    logp, moved = (torch.cat(x) for x in zip(*scores))
     zeros = torch.zeros(phase.mask.shape, device=hidden.device)
     return zeros.index_put((row, place), logp), zeros.index_put((row, place), moved.detach())
 
@@ -732,8 +746,8 @@ def micro_batches(r: Rollout, advantages: Tensor, tokens: int) -> list[tuple[Ten
 
     Rows with A_n = 0 add nothing to the gradient and are left out. FSDP2 wants as many parts of
     each process, so one that has fewer adds its first row with A = 0."""
-    longest = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
-    indices = advantages.nonzero().flatten().split(max(1, tokens // longest))
+    columns = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
+    indices = advantages.nonzero().flatten().split(max(1, tokens // columns))
     parts = [(index, advantages[index]) for index in indices if len(index)]
     nothing = torch.tensor([0], device=advantages.device), 0 * advantages[:1]
     return parts + [nothing] * (max(gather(len(parts))) - len(parts))
@@ -765,11 +779,10 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
 
     advantages [N]; l_n is the sum of the log-probabilities of row n's CoT and answer. N is that of
     the whole rollout, so micro_batch (tokens at a time) changes no gradient but for rounding.
-    Returns the loss, and of rows with A != 0 how far rollout and loss are apart, NaN if one is:
+    Returns the loss, and how far rollout and loss are apart, in rows with A != 0 (NaN counts):
     logp_gap: the largest distance of a hard token's log-probability, in nats (answers, too);
     mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
     loss, gaps, moves = 0.0, [torch.zeros(0)], [torch.zeros(0)]
-    # with one process gather(x) is [x], and policy.call(f, x) is f(x)
     N = sum(gather(len(advantages))) / processes()  # FSDP2 takes the mean of the gradients
     parts = micro_batches(r, advantages, micro_batch or affordable_tokens(policy))
     for index, advantage in progress("gradient", parts, "part"):
@@ -793,7 +806,7 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
 
 
 # ---- 7. Training: the optimiser, a step, the loop -----------------------------------------------
-# Here a reader who came for the method may stop.
+# train_step() puts the pieces together. Who came for the method alone may stop behind it.
 
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)  # AdamW; one spike of the gradient is forgotten after 20 steps, not 1,000
