@@ -1506,13 +1506,13 @@ def test_a_state_saved_before_the_first_gradient_changes_nothing(tiny_folder, tm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(softcot, "rewarded", flat)
-        assert tiny_run(tiny_folder, tmp_path / "whole", "--steps", "40") == 0  # saves each second step
+        assert tiny_run(tiny_folder, tmp_path / "whole", "--steps", "12") == 0
         with pytest.MonkeyPatch.context() as signalled:
             signalled.setattr(softcot, "append_jsonl", append)
             signalled.setattr(softcot, "SIGNALS", [])
-            assert tiny_run(tiny_folder, tmp_path / "cut", "--steps", "40") == 0
+            assert tiny_run(tiny_folder, tmp_path / "cut", "--steps", "12") == 0
         assert len(read_lines(tmp_path / "cut" / "metrics.jsonl")) == 1
-        assert tiny_run(tiny_folder, tmp_path / "cut", "--steps", "40", "--resume") == 0
+        assert tiny_run(tiny_folder, tmp_path / "cut", "--steps", "12", "--resume") == 0
     whole, cut = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
     assert whole[0]["mixed_groups"] == 0 and whole[1]["mixed_groups"] > 0
     for a, b in zip(whole, cut, strict=True):
@@ -3265,7 +3265,7 @@ def test_several_processes_do_what_one_does_also_after_a_signal_and_with_another
 ):
     """One run by one process; the same by two, stopped by SIGTERM, and gone on with by three."""
     one, many = tmp_path / "one", tmp_path / "many"
-    more = ["--steps", "40", "--micro-batch", "60", "--eval-tasks", "toy", "toy-large"]
+    more = ["--steps", "24", "--micro-batch", "60", "--eval-tasks", "toy", "toy-large"]
     more += ["--cot", "hard", "--lr", "1e-4"]
     assert softcot.main(command_of(tied_folder, one, *more)[1:]) == 0
     two = torchrun(2, command_of(tied_folder, many, *more))
@@ -3279,10 +3279,10 @@ def test_several_processes_do_what_one_does_also_after_a_signal_and_with_another
     output, _ = two.communicate()
     assert output.count("Stopped. To go on:") == 1, output  # one process of the two speaks
     stopped_after = torch.load(many / "state.pt", weights_only=True)["step"]
-    assert stopped_after == len(read_lines(many / "metrics.jsonl")) < 40
+    assert stopped_after == len(read_lines(many / "metrics.jsonl")) < 24
     three = ended_together(3, command_of(tied_folder, many, *more, "--resume"))
     assert [done.returncode for done in three] == [0, 0, 0], three
-    assert ["after 40 steps of hard training" in done.stdout for done in three] == [True, False, False], three
+    assert ["after 24 steps of hard training" in done.stdout for done in three] == [True, False, False], three
     assert_nearly_the_same_run(one, many, tied_folder)
 
 
@@ -3330,10 +3330,9 @@ for i in range(30):
     softcot.gather(i)
     dist.all_gather_into_tensor(torch.empty(3000), torch.randn(1000))
 """)
-    for _ in range(2):
-        process = torchrun(3, [str(script)])
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
+    process = torchrun(3, [str(script)])
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
 
 
 def test_more_processes_than_samples_is_one_line(tied_folder, tmp_path):
@@ -3511,7 +3510,7 @@ def test_prompts_longer_than_the_context_are_skipped_or_named(tiny_folder, tmp_p
 # Random inputs
 # ------------------------------------------------------------------------------------------------
 
-EXAMPLES = int(os.environ.get("FUZZ", 60))  # of random inputs
+EXAMPLES = int(os.environ.get("FUZZ", 30))  # of random inputs
 FUZZ = dict(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 FUZZ["suppress_health_check"] = list(HealthCheck)
 POLICIES = {}  # made once
