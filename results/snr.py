@@ -222,7 +222,7 @@ def main(arguments=None) -> None:
     if given.out:
         finite = [{k: None if v == math.inf else v for k, v in row.items()} for row in rows]
         record = {"model": config.model or "toy", "task": config.task, "seed": config.seed}
-        record |= {"max_cot": config.max_cot, "sketch": given.sketch}
+        record |= {"max_cot": config.max_cot, "tau": config.tau, "sketch": given.sketch}
         record |= {"base": base, "recommended": factor, "n0": finite}
         softcot.append_jsonl(given.out, record)
 
