@@ -3265,7 +3265,7 @@ def test_several_processes_do_what_one_does_also_after_a_signal_and_with_another
 ):
     """One run by one process; the same by two, stopped by SIGTERM, and gone on with by three."""
     one, many = tmp_path / "one", tmp_path / "many"
-    more = ["--steps", "24", "--micro-batch", "60", "--eval-tasks", "toy", "toy-large"]
+    more = ["--steps", "40", "--micro-batch", "60", "--eval-tasks", "toy", "toy-large"]
     more += ["--cot", "hard", "--lr", "1e-4"]
     assert softcot.main(command_of(tied_folder, one, *more)[1:]) == 0
     two = torchrun(2, command_of(tied_folder, many, *more))
@@ -3279,10 +3279,10 @@ def test_several_processes_do_what_one_does_also_after_a_signal_and_with_another
     output, _ = two.communicate()
     assert output.count("Stopped. To go on:") == 1, output  # one process of the two speaks
     stopped_after = torch.load(many / "state.pt", weights_only=True)["step"]
-    assert stopped_after == len(read_lines(many / "metrics.jsonl")) < 24
+    assert stopped_after == len(read_lines(many / "metrics.jsonl")) < 40
     three = ended_together(3, command_of(tied_folder, many, *more, "--resume"))
     assert [done.returncode for done in three] == [0, 0, 0], three
-    assert ["after 24 steps of hard training" in done.stdout for done in three] == [True, False, False], three
+    assert ["after 40 steps of hard training" in done.stdout for done in three] == [True, False, False], three
     assert_nearly_the_same_run(one, many, tied_folder)
 
 
@@ -3627,7 +3627,9 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_with_tiny_shapes(capsys):
     assert len(found) >= 15 and not any("failed" in figure for figure in found.values()), found
     (bad,) = [figure for what, figure in found.items() if "not finite" in what]
     (same,) = [figure for what, figure in found.items() if "plain loop" in what]
-    assert bad == "0 []" and len(set(same.split(" of "))) == 1
+    assert bad == "0 []" and re.findall("hard|soft|fuzzy", same) == ["hard", "soft", "fuzzy"]
+    for agreed, whole in re.findall(r"(\d+) of (\d+)", same):
+        assert agreed == whole, same
 
 
 def test_the_script_on_rounding_finds_what_rounding_does(tiny_folder, capsys, monkeypatch):
