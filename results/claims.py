@@ -67,12 +67,10 @@ class Grid:
 
     def gap(self, a: np.ndarray, b: np.ndarray, paired=False) -> tuple[float, float, float]:
         """Mean of a - b, both [seeds, problems], and its bootstrap interval; paired: of the same models."""
-        draws = []
-        for _ in range(2000):
-            problems = self.rng.integers(a.shape[1], size=a.shape[1])
-            seeds = [self.rng.integers(len(x), size=len(x)) for x in (a, b)]
-            seeds = [seeds[0]] * 2 if paired else seeds
-            draws.append(a[seeds[0]][:, problems].mean() - b[seeds[1]][:, problems].mean())
+        problems = self.rng.integers(a.shape[1], size=(2000, 1, a.shape[1]))
+        seeds = [self.rng.integers(len(x), size=(2000, len(x), 1)) for x in (a, b)]
+        seeds = [seeds[0]] * 2 if paired else seeds
+        draws = a[seeds[0], problems].mean((1, 2)) - b[seeds[1], problems].mean((1, 2))
         return a.mean() - b.mean(), *np.percentile(draws, [2.5, 97.5])
 
 
@@ -131,7 +129,8 @@ def draw(grid: Grid, path: Path) -> None:
     for axes in (*training, beyond):
         axes.margins(y=0.12)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"The toy in training, and where its lesson is wrong: mean and range of {len(values)} seeds")
+    seeds = len(grid.metric("soft", "success"))
+    figure.suptitle(f"The toy in training, and where its lesson is wrong: mean and range of {seeds} seeds")
     figure.savefig(path, dpi=100)
 
 
