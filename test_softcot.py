@@ -2117,6 +2117,13 @@ def test_the_score_that_is_left_out_of_a_control_gives_no_gradient():
         torch.testing.assert_close(every.take(), apart[part], **close)
 
 
+def test_shuffled_rewards_are_those_of_other_samples_of_the_group():
+    rewards = torch.tensor([[100.0, 10.0, 0.0, 10.0], [0.0, 0.0, 100.0, 10.0]])
+    with real_model.score_of("shuffled"):
+        found = softcot.rloo_advantages(rewards)
+    torch.testing.assert_close(found, softcot.rloo_advantages(rewards)[:, [3, 2, 1, 0]])
+
+
 def test_gradients_that_are_clipped_apart_have_each_the_norm_1():
     policy = tiny_policy("llama")
     r = sample(policy, SETTINGS["soft_sample"])
@@ -2324,14 +2331,15 @@ def test_runs_are_packed_into_a_table(tmp_path):
         folder.mkdir()
         (folder / "eval.json").write_text('[{"n": 1}]')
     (full / "config.json").write_text('{"seed": 3}')
-    lines = ('{"step": 1, "loss": NaN, "lr": 0.1, "train_s": 9}', '{"step": 2, "loss": 0.1234567, "lr": 0.1}')
+    lines = ('{"step": 1, "loss": NaN, "lr": 0.1, "train_s": 9}', '{"step": 2, "loss": 0.1234567, "moved": 1}')
     (full / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     command = [sys.executable, str(HERE / "results" / "pack.py"), str(full), str(bare)]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     one, two = map(json.loads, table.splitlines())
     assert (one["run"], one["config"], one["eval"]) == ("full", {"seed": 3}, [{"n": 1}])
-    assert set(one["metrics"]) == {"step", "loss", "lr"} and one["metrics"]["lr"] == [0.1, 0.1]
-    assert one["metrics"]["step"] == [1, 2] and one["metrics"]["loss"][1] == 0.12346
+    assert set(one["metrics"]) == {"step", "loss", "lr", "moved"} and one["metrics"]["lr"] == [0.1, None]
+    assert one["metrics"]["moved"] == [None, 1]  # nothing was trained in the first step
+    assert one["metrics"]["step"] == [1, 2] and one["metrics"]["loss"][1] == 0.1235
     assert two == {"run": "bare", "config": None, "eval": [{"n": 1}], "metrics": None}
 
 

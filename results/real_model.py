@@ -7,7 +7,8 @@
 Other flags are those of softcot.py. Training questions are those that the base solves in 10 to 90 %
 of hard samples (OUT/questions.json). Then, in this order, from one base with one seed: soft tokens
 with the noise --noise, hard ones, --noise with the answers' score alone, with both scores whose
-gradients are clipped apart, 0.33, fuzzy, --noise with the CoT's score alone. Each is evaluated at
+gradients are clipped apart, with rewards that are another sample's (nothing can be learnt: what
+does noise alone do?), 0.33, fuzzy, --noise with the CoT's score alone. Each is evaluated at
 steps 0, 25, 50, 100, ... on the first test problems: hard greedy and hard sampling, a multiple
 choice, and the distance from the base (KL of next tokens on worked solutions). What is there
 already, in OUT, is not done again; a run that ran out of its minutes goes on from its state.
@@ -39,6 +40,7 @@ RUNS = {  # mode, noise factor (None: --noise), which score is trained
     "hard": ("hard", None, "both"),
     "answers": ("soft", None, "answers"),
     "apart": ("soft", None, "apart"),
+    "shuffled": ("soft", None, "shuffled"),
     "soft-0.33": ("soft", 0.33, "both"),
     "fuzzy": ("fuzzy", 0.33, "both"),
     "cot": ("soft", None, "cot"),
@@ -47,7 +49,7 @@ CHECKS = (0, 25, 50, 100, 150, 200, 300, 400, 600, 800, 1000)  # steps that are 
 TRIES = 8  # samples of a question, to choose it
 ROWS = 512  # of a batch, where nothing is trained
 TEXTS = 32  # worked solutions on which the distance from the base is measured
-STYLE = dict(zip(["base", *RUNS], ("#7f7f7f", "#d55e00", "#0072b2", "#cc79a7", "#000000", "#e69f00", "#009e73", "#56b4e9")))
+STYLE = dict(zip(["base", *RUNS], ("#7f7f7f", "#d55e00", "#0072b2", "#cc79a7", "#000000", "#a6761d", "#e69f00", "#009e73", "#56b4e9")))
 
 
 class OutOfTime(Exception):
@@ -68,8 +70,10 @@ class Clock:
 
 @contextmanager
 def score_of(which: str):
-    """Train with the log-probabilities of "both", of "cot" or "answers" alone, or of both "apart"."""
-    real = softcot.log_probs, softcot.policy_gradient
+    """Train with the log-probabilities of "both", of "cot" or "answers" alone, or of both "apart".
+
+    shuffled: of both, with another sample's reward, so that the gradient is nothing but noise."""
+    real = softcot.log_probs, softcot.policy_gradient, softcot.rloo_advantages
 
     def some(policy, r):
         """log_probs() with the gradient of a part."""
@@ -94,12 +98,14 @@ def score_of(which: str):
 
     if which == "apart":
         softcot.policy_gradient = apart
+    elif which == "shuffled":
+        softcot.rloo_advantages = lambda rewards: real[2](rewards.flip(1))
     else:
         softcot.log_probs = some
     try:
         yield
     finally:
-        softcot.log_probs, softcot.policy_gradient = real
+        softcot.log_probs, softcot.policy_gradient, softcot.rloo_advantages = real
 
 
 def questions(policy: Policy, config: Config, out: Path, count: int) -> list[softcot.Problem]:
