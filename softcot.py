@@ -33,7 +33,7 @@ Where the paper is silent or ambiguous, and where this differs from it: see the 
 from __future__ import annotations
 
 import argparse, atexit, dataclasses, datetime, gc, json, math, os, re, shlex, shutil
-import signal, subprocess, sys, threading, time, warnings
+import signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
@@ -66,11 +66,6 @@ class Setting:
     tau: float  # temperature of p = softmax(logits / tau); 0, for hard alone: the arg-max
     noise: float  # sigma, in units of the root-mean-square of E; 0: none
 
-    @property
-    def deterministic(self) -> bool:
-        """Whether two runs on one prompt must give the same CoT."""
-        return self.tau == 0 if self.cot == "hard" else self.noise == 0
-
 
 SETTINGS = {  # training samples with "<cot>_sample" and validates with "<cot>_greedy"
     "hard_greedy": Setting("hard", 0.0, 0.0),
@@ -92,17 +87,13 @@ def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
     logits [..., V], E [V', D] with V' >= V (padded vocabularies) -> [..., D]; with gradient."""
     p, E = torch.softmax(logits.float() / tau, dim=-1), E[: logits.shape[-1]]
     if E.device.type == "cpu" and not torch.is_grad_enabled():
-        p, E = likely(p, E)
+        # tokens that together have less than 2^-24 of each p, fp32's rounding, can be left out:
+        # of 150,000 a few hundred stay, and E need not be read
+        some = (p.reshape(-1, len(E)) > 2.0**-24 / len(E)).any(0).nonzero().flatten()
+        if 16 * len(some) < len(E):
+            p, E = p[..., some], E[some]
     with torch.autocast(E.device.type, enabled=False):
         return p.to(E.dtype) @ E
-
-
-def likely(p: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
-    """p [..., V] and E [V, D] without tokens that together have less than 2^-24 of each p.
-
-    That is below the rounding of fp32. A few hundred of 150,000 are left, so E need not be read."""
-    some = (p.reshape(-1, len(E)) > 2.0**-24 / len(E)).any(0).nonzero().flatten()
-    return (p[..., some], E[some]) if 16 * len(some) < len(E) else (p, E)
 
 
 def gaussian_logp(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
@@ -131,8 +122,7 @@ def categorical_logp(tokens: Tensor, logits: Tensor, tau: float) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits), at temperature 1 in every mode: [..., V] -> [...] in nats."""
-    logp = torch.log_softmax(logits.float(), dim=-1)
-    return -(logp.exp() * logp).sum(-1)
+    return torch.special.entr(torch.softmax(logits.float(), dim=-1)).sum(-1)  # -p log p, 0 at 0
 
 
 def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
@@ -317,61 +307,11 @@ class Policy:
 # ---- 4. Engine: rows that grow column by column, at fixed addresses -----------------------------
 # Keys and values are kept, so that each step runs one new column. rollout() and generate() below
 # show how it is used: reserve() and feed() a text, begin() a phase, run_step() for each position,
-# phase() to end it. Keys, run_and_record(), go_on() and engine_with() make it fast; skip them.
+# phase() to end it. go_on(), and what it has from part 11, make it fast; skip them.
 
 LOOK = {"cpu": 1, "cuda": 16, "mps": 16}  # positions between two looks at the text
 BLOCK = {"cpu": 32, "cuda": 128, "mps": 128}  # columns in use are a multiple of it
 SMALLEST = {"cpu": 1, "cuda": 64, "mps": 64}  # a batch of so few rows is not halved: not faster
-
-
-class Keys(transformers.cache_utils.StaticLayer):
-    """Keys and values of one layer [N, heads, L, head size], written into the engine's columns."""
-
-    def __init__(self, engine: Engine):
-        super().__init__(engine.L)
-        self.engine = engine
-
-    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        """Write those of the present columns; return those of all rows and columns in use."""
-        engine = self.engine
-        if self.keys is None:  # is_initialized stays False: else transformers makes its own masks
-            dtype = torch.bfloat16 if engine.policy.mixed else keys.dtype  # as attention wants them
-            room = [(engine.N, x.shape[1], engine.L, x.shape[3]) for x in (keys, values)]
-            self.keys, self.values = (keys.new_zeros(shape, dtype=dtype) for shape in room)
-            engine.keys_and_values += [self.keys, self.values]
-        self.keys[: engine.batch].index_copy_(2, engine.columns, keys.to(self.keys.dtype))
-        self.values[: engine.batch].index_copy_(2, engine.columns, values.to(self.keys.dtype))
-        used = (slice(engine.batch), slice(None), slice(engine.width))
-        return self.keys[used], self.values[used]
-
-
-def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
-    """Run a step on a GPU and record it as a CUDA graph; what to call for it from then on.
-
-    A step of decoding is a thousand small kernels, which take longer to launch than to run. It is
-    run on the side stream, as recording wants it, and what is made once is made by that. A step
-    that waits for the host (some mixtures of experts do) can't be recorded."""
-    graph = torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    warnings.filterwarnings("ignore", "Synchronization debug mode")  # that it is a prototype
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(side):
-            step()
-    except RuntimeError as error:
-        if "synchronizing" not in str(error):
-            raise
-        tqdm.write("decoding is slow: a step of this model waits for the host, is not replayed")
-        graph = None
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(side)
-    if graph is None:
-        step()  # again, from its start: it broke off before it counted itself
-        return step
-    with torch.cuda.graph(graph, pool=pool, stream=side):
-        step()  # nothing is computed here
-    return graph.replay
 
 
 class Engine:
@@ -398,12 +338,15 @@ class Engine:
         self.hidden, self.E = None, None  # [N, H] of each row's last real column; [V, D]
         self.buffers = {}  # by name: the fields of Phase, [N, T, ...]; each phase is copied out
         self.replays, self.weights = {}, {}  # by setting and shape; in bf16, by name
-        alone = policy.model.device.type == "cuda" and not dist.is_initialized()
-        # memory and stream that all recorded steps share; FSDP2 moves its weights: no recording
-        self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if alone else ()
         self.keys_and_values = []  # of all layers, each [N, heads, L, head size], once made
-        layers = policy.model.config.get_text_config().num_hidden_layers
-        self.cache = transformers.cache_utils.Cache(layers=[Keys(self) for _ in range(layers)])
+        text = policy.model.config.get_text_config()
+        layers = [Keys(self) for _ in range(text.num_hidden_layers)]
+        self.cache = transformers.cache_utils.Cache(layers=layers)
+        # no recording where FSDP2 moves the weights, or a mixture of experts waits for the host
+        same = not dist.is_initialized() and not any("expert" in name for name in vars(text))
+        cuda = policy.model.device.type == "cuda"
+        # memory and stream that all recorded steps share
+        self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if cuda and same else ()
 
     def restart(self) -> None:
         """Empty the columns, and take over the weights as they are now.
@@ -517,25 +460,6 @@ class Engine:
         for name in ("ids", "logp", "entropy"):
             fields[name] *= mask[:, :end]
         return Phase(**fields, mask=mask[:, :end])
-
-
-def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
-    """The policy's engine, emptied; a larger one where that has too little room."""
-    block = BLOCK[policy.model.device.type]
-    room = (rows, -(-columns // block) * block, steps)
-    has = (0, 0, 0) if policy.engine is None else policy.engine.room
-    if any(more > some for more, some in zip(room, has)):
-        forget_engine(policy)  # before the new one takes its memory
-        policy.engine = Engine(policy, *map(max, room, has))
-    policy.engine.restart()
-    return policy.engine
-
-
-def forget_engine(policy: Policy) -> None:
-    """Free the last rollout's buffers and graphs at once: they refer to each other in circles."""
-    if policy.engine is not None:
-        vars(policy.engine).clear()
-    policy.engine = None
 
 
 # ---- 5. Rollout: think, then answer -------------------------------------------------------------
@@ -741,38 +665,6 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(dim=1, keepdim=True)) * G / (G - 1)  # = r - (sum - r) / (G - 1)
 
 
-def micro_batches(r: Rollout, advantages: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Row numbers [M] and their advantages [M] in parts of at most so many tokens.
-
-    Rows with A_n = 0 add nothing to the gradient and are left out. FSDP2 wants as many parts of
-    each process, so one that has fewer adds its first row with A = 0."""
-    columns = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
-    indices = advantages.nonzero().flatten().split(max(1, tokens // columns))
-    parts = [(index, advantages[index]) for index in indices if len(index)]
-    nothing = torch.tensor([0], device=advantages.device), 0 * advantages[:1]
-    return parts + [nothing] * (max(gather(len(parts))) - len(parts))
-
-
-def affordable_tokens(policy: Policy) -> int:
-    """How many tokens one backward pass may have: as many as the memory has room for.
-
-    Each matrix keeps its input and its output until then: 1 MB a token for a model of 0.5B in bf16.
-    On a GPU there are up to four fp32 copies of the head and its gradient, too."""
-    device, free = policy.model.device, 2**32  # bytes, on a CPU
-    weights = list(policy.model.parameters())
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        gradients = sum(w.nbytes for w in weights if w.grad is None)
-        casts = sum(2 * w.numel() for w in weights) if policy.mixed else 0
-        head = 4 * policy.model.get_input_embeddings().weight.numel()
-        # 0.6 of what is left: the rest is for what is not counted
-        free = 0.6 * (torch.cuda.mem_get_info(device)[0] + unused - gradients - casts - 4 * head)
-    layers = [m for m in policy.model.base_model.modules() if not isinstance(m, nn.Embedding)]
-    matrices = [w for m in layers for w in m.parameters(recurse=False) if w.dim() == 2]
-    size = 2 if policy.mixed else weights[0].itemsize
-    return min(gather(max(1, int(free / sum(sum(w.shape) * size for w in matrices)))))
-
-
 def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
                     micro_batch: Optional[int] = None) -> dict:
     """Add the gradient of -(1/N) sum_n A_n l_n to the parameters (eqs 8, 13-15).
@@ -784,7 +676,13 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
     loss, gaps, moves = 0.0, [torch.zeros(0)], [torch.zeros(0)]
     N = sum(gather(len(advantages))) / processes()  # FSDP2 takes the mean of the gradients
-    parts = micro_batches(r, advantages, micro_batch or affordable_tokens(policy))
+    columns = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
+    size = max(1, (micro_batch or affordable_tokens(policy)) // columns)
+    indices = advantages.nonzero().flatten().split(size)  # rows with A = 0 add nothing
+    parts = [(index, advantages[index]) for index in indices if len(index)]
+    # FSDP2 wants as many parts of each process: more of the first row, with A = 0
+    nothing = torch.tensor([0], device=advantages.device), 0 * advantages[:1]
+    parts += [nothing] * (max(gather(len(parts))) - len(parts))
     for index, advantage in progress("gradient", parts, "part"):
         part = rows_of(r, index)
         cot, answer, moved = policy.call(log_probs, policy, part)  # [M, T], [M, A], [M, T]
@@ -843,36 +741,6 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, set
     return r, np.array(values).reshape(len(problems), G)
 
 
-def round_by_chance(x: Tensor) -> Tensor:
-    """fp32 to bf16, up or down with the chances that make the mean right: [..] -> [..].
-
-    bf16 is the upper half of an fp32: add a random lower half, and cut the lower half off."""
-    bits = x.view(torch.int32) + torch.randint_like(x, 1 << 16, dtype=torch.int32)
-    return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
-
-
-class AdamW16(torch.optim.AdamW):
-    """AdamW for bf16 weights: computed in fp32, weights and moments rounded by chance to bf16.
-
-    Rounded to nearest, a step of 1e-5 would leave nearly every weight of 0.01 as it was."""
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """Update weights that have a gradient, one by one: few fp32 copies live at a time."""
-        (group,) = self.param_groups
-        beta1, beta2 = group["betas"]
-        own = lambda x: x.to_local() if isinstance(x, DTensor) else x  # this process's share
-        for w in (w for w in group["params"] if w.grad is not None):
-            state = self.state[w]
-            rounded = [own(x) for x in (w, state["exp_avg"], state["exp_avg_sq"])]
-            exact, m, v = (x.float() for x in rounded)
-            adamw([exact], [own(w.grad).float()], [m], [v], [], [state["step"]], beta1=beta1,
-                  beta2=beta2, lr=group["lr"], eps=group["eps"], weight_decay=0.0, amsgrad=False,
-                  maximize=False)
-            for old, new in zip(rounded, (exact, m, v)):
-                old.copy_(round_by_chance(new))
-
-
 def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
     """AdamW of all parameters."""
     kind = AdamW16 if config.dtype == "bf16" else torch.optim.AdamW
@@ -902,24 +770,6 @@ def sampled(r: Rollout, rewards: np.ndarray) -> dict:
         "cot_len": tokens / rewards.size, "stop_rate": stopped / rewards.size,
         "cot_entropy": nats / tokens, "tokens": tokens + answer_tokens,
     }  # fmt: skip
-
-
-@torch.no_grad()
-def shadow(policy: Policy, r: Rollout, n: int) -> list:
-    """Row n's soft CoT, to be read: the text of each position's likeliest token.
-
-    Where that is less than 0.9 of the mixture: [it, its share, the second likeliest, its share].
-    Mixtures are made again from the stored inputs, as in the loss: no rollout keeps them."""
-    prompt = policy.embeddings()[r.prompt_ids[n][r.prompt_mask[n]]]  # [P, D]
-    x = torch.cat([prompt, r.cot.x[n][r.cot.mask[n]]])[None]  # [1, P+T, D]
-    real = torch.ones_like(x[..., 0], dtype=torch.bool)
-    with policy.arithmetic():
-        hidden = policy.run(x, real, torch.arange(x.shape[1], device=x.device))[0]  # [P+T, H]
-    logits = policy.head(hidden[len(prompt) - 1 : -1])  # [T, V]
-    shares, tokens = torch.softmax(logits / r.setting.tau, dim=-1).topk(2)  # [T, 2] each
-    text = lambda token: policy.piece(token) or str(policy.tokenizer.convert_ids_to_tokens(token))
-    return [text(a) if p >= 0.9 else [text(a), round(p, 2), text(b), round(q, 2)]
-            for (a, b), (p, q) in zip(tokens.tolist(), shares.tolist())]  # fmt: skip
 
 
 def train_step(policy: Policy, problems: list[Problem], step: int, config: Config, optimizer,
@@ -1035,26 +885,6 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         bar.set_postfix(shown | ({"best": round(best, 3)} if held_out else {}))
 
 
-COLORS = {"base": "#7f7f7f", "hard": "#0072b2", "soft": "#d55e00", "fuzzy": "#009e73"}
-
-
-def plot_curves(rows: list[dict], cot: str, path: Path) -> None:
-    """Draw what to look at first when a run does not learn, from the lines of metrics.jsonl."""
-    width = max(1, len(rows) // 20)
-    panels = {"success": "success rate", "cot_len": "CoT length (tokens)"}
-    panels |= {"cot_entropy": "CoT entropy (nats)", "mixed_groups": "groups with mixed rewards"}
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(2, 2).flat, panels.items()):
-        values = [row[key] for row in rows]
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        axes.plot(range(1, len(rows) + 1), values, color=COLORS[cot], alpha=0.25)
-        axes.plot(range(width, len(rows) + 1), smooth, color=COLORS[cot])
-        axes.set(xlabel="step", ylabel=label, ylim=(0, None))
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"{cot} training, sampled as {cot}_sample; thick line: mean of {width} steps")
-    figure.savefig(path, dpi=110, format="png")
-
-
 # ---- 8. Evaluation ------------------------------------------------------------------------------
 # pass@k of all settings. What was evaluated before a run was interrupted is not done again.
 
@@ -1074,7 +904,8 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
     k_error: standard error of each pass@k over the problems. entropy_by_position: mean over the
     CoTs that got there, in nats (the paper's Figure 4). Problems go in order of length, so that a
     batch has little padding. may_stop: a signal raises Stopped between two batches."""
-    n = 1 if setting.deterministic else n
+    sampled = setting.tau > 0 if setting.cot == "hard" else setting.noise > 0
+    n = n if sampled else 1
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
     size = max(1, config.prompts * config.samples // n)  # as many rows as a training rollout has
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
@@ -1534,8 +1365,117 @@ def check_policy(policy: Policy, close: float) -> None:
             assert error <= close, f"logits of {what} differ by {error:.2g} of the largest"
 
 
-# ---- 11. Files ----------------------------------------------------------------------------------
-# Whatever is written is there as a whole or not at all.
+# ---- 11. Speed and memory -----------------------------------------------------------------------
+# What makes engine and training fast, or lets them fit, and changes no result but for rounding:
+# keys and values at fixed addresses, recorded steps, micro-batches, an AdamW for bf16 weights.
+
+class Keys(transformers.cache_utils.StaticLayer):
+    """Keys and values of one layer [N, heads, L, head size], written into the engine's columns."""
+
+    def __init__(self, engine: Engine):
+        super().__init__(engine.L)
+        self.engine = engine
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Write those of the present columns; return those of all rows and columns in use."""
+        engine = self.engine
+        if self.keys is None:  # is_initialized stays False: else transformers makes its own masks
+            dtype = torch.bfloat16 if engine.policy.mixed else keys.dtype  # as attention wants them
+            room = [(engine.N, x.shape[1], engine.L, x.shape[3]) for x in (keys, values)]
+            self.keys, self.values = (keys.new_zeros(shape, dtype=dtype) for shape in room)
+            engine.keys_and_values += [self.keys, self.values]
+        self.keys[: engine.batch].index_copy_(2, engine.columns, keys.to(self.keys.dtype))
+        self.values[: engine.batch].index_copy_(2, engine.columns, values.to(self.keys.dtype))
+        used = (slice(engine.batch), slice(None), slice(engine.width))
+        return self.keys[used], self.values[used]
+
+
+def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
+    """Run a step on a GPU and record it as a CUDA graph; what to call for it from then on.
+
+    A step of decoding is a thousand small kernels, which take longer to launch than to run. It is
+    run on the side stream, as recording wants it, and what is made once is made by that."""
+    graph = torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph, pool=pool, stream=side):
+        step()  # nothing is computed here
+    return graph.replay
+
+
+def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
+    """The policy's engine, emptied; a larger one where that has too little room."""
+    block = BLOCK[policy.model.device.type]
+    room = (rows, -(-columns // block) * block, steps)
+    has = (0, 0, 0) if policy.engine is None else policy.engine.room
+    if any(more > some for more, some in zip(room, has)):
+        forget_engine(policy)  # before the new one takes its memory
+        policy.engine = Engine(policy, *map(max, room, has))
+    policy.engine.restart()
+    return policy.engine
+
+
+def forget_engine(policy: Policy) -> None:
+    """Free the last rollout's buffers and graphs at once: they refer to each other in circles."""
+    if policy.engine is not None:
+        vars(policy.engine).clear()
+    policy.engine = None
+
+
+def affordable_tokens(policy: Policy) -> int:
+    """How many tokens one backward pass may have: as many as the memory has room for.
+
+    Each matrix keeps its input and its output until then: 1 MB a token for a model of 0.5B in bf16.
+    On a GPU there are up to four fp32 copies of the head and its gradient, too."""
+    device, free = policy.model.device, 2**32  # bytes, on a CPU
+    weights = list(policy.model.parameters())
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        gradients = sum(w.nbytes for w in weights if w.grad is None)
+        casts = sum(2 * w.numel() for w in weights) if policy.mixed else 0
+        head = 4 * policy.model.get_input_embeddings().weight.numel()
+        # 0.6 of what is left: the rest is for what is not counted
+        free = 0.6 * (torch.cuda.mem_get_info(device)[0] + unused - gradients - casts - 4 * head)
+    layers = [m for m in policy.model.base_model.modules() if not isinstance(m, nn.Embedding)]
+    matrices = [w for m in layers for w in m.parameters(recurse=False) if w.dim() == 2]
+    size = 2 if policy.mixed else weights[0].itemsize
+    return min(gather(max(1, int(free / sum(sum(w.shape) * size for w in matrices)))))
+
+
+def round_by_chance(x: Tensor) -> Tensor:
+    """fp32 to bf16, up or down with the chances that make the mean right: [..] -> [..].
+
+    bf16 is the upper half of an fp32: add a random lower half, and cut the lower half off."""
+    bits = x.view(torch.int32) + torch.randint_like(x, 1 << 16, dtype=torch.int32)
+    return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+
+
+class AdamW16(torch.optim.AdamW):
+    """AdamW for bf16 weights: computed in fp32, weights and moments rounded by chance to bf16.
+
+    Rounded to nearest, a step of 1e-5 would leave nearly every weight of 0.01 as it was."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Update weights that have a gradient, one by one: few fp32 copies live at a time."""
+        (group,) = self.param_groups
+        beta1, beta2 = group["betas"]
+        own = lambda x: x.to_local() if isinstance(x, DTensor) else x  # this process's share
+        for w in (w for w in group["params"] if w.grad is not None):
+            state = self.state[w]
+            rounded = [own(x) for x in (w, state["exp_avg"], state["exp_avg_sq"])]
+            exact, m, v = (x.float() for x in rounded)
+            adamw([exact], [own(w.grad).float()], [m], [v], [], [state["step"]], beta1=beta1,
+                  beta2=beta2, lr=group["lr"], eps=group["eps"], weight_decay=0.0, amsgrad=False,
+                  maximize=False)
+            for old, new in zip(rounded, (exact, m, v)):
+                old.copy_(round_by_chance(new))
+
+
+# ---- 12. Files and pictures ---------------------------------------------------------------------
+# Whatever is written is there as a whole or not at all. shadow() and plot_curves() show a run.
 
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory
 
@@ -1602,7 +1542,45 @@ def load_state(path: Path, policy: Policy, optimizer) -> tuple[int, float]:
     return state["step"], state["best"]
 
 
-# ---- 12. Several processes: torchrun ------------------------------------------------------------
+@torch.no_grad()
+def shadow(policy: Policy, r: Rollout, n: int) -> list:
+    """Row n's soft CoT, to be read: the text of each position's likeliest token.
+
+    Where that is less than 0.9 of the mixture: [it, its share, the second likeliest, its share].
+    Mixtures are made again from the stored inputs, as in the loss: no rollout keeps them."""
+    prompt = policy.embeddings()[r.prompt_ids[n][r.prompt_mask[n]]]  # [P, D]
+    x = torch.cat([prompt, r.cot.x[n][r.cot.mask[n]]])[None]  # [1, P+T, D]
+    real = torch.ones_like(x[..., 0], dtype=torch.bool)
+    with policy.arithmetic():
+        hidden = policy.run(x, real, torch.arange(x.shape[1], device=x.device))[0]  # [P+T, H]
+    logits = policy.head(hidden[len(prompt) - 1 : -1])  # [T, V]
+    shares, tokens = torch.softmax(logits / r.setting.tau, dim=-1).topk(2)  # [T, 2] each
+    text = lambda token: policy.piece(token) or str(policy.tokenizer.convert_ids_to_tokens(token))
+    return [text(a) if p >= 0.9 else [text(a), round(p, 2), text(b), round(q, 2)]
+            for (a, b), (p, q) in zip(tokens.tolist(), shares.tolist())]  # fmt: skip
+
+
+COLORS = {"base": "#7f7f7f", "hard": "#0072b2", "soft": "#d55e00", "fuzzy": "#009e73"}
+
+
+def plot_curves(rows: list[dict], cot: str, path: Path) -> None:
+    """Draw what to look at first when a run does not learn, from the lines of metrics.jsonl."""
+    width = max(1, len(rows) // 20)
+    panels = {"success": "success rate", "cot_len": "CoT length (tokens)"}
+    panels |= {"cot_entropy": "CoT entropy (nats)", "mixed_groups": "groups with mixed rewards"}
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(2, 2).flat, panels.items()):
+        values = [row[key] for row in rows]
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(range(1, len(rows) + 1), values, color=COLORS[cot], alpha=0.25)
+        axes.plot(range(width, len(rows) + 1), smooth, color=COLORS[cot])
+        axes.set(xlabel="step", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{cot} training, sampled as {cot}_sample; thick line: mean of {width} steps")
+    figure.savefig(path, dpi=110, format="png")
+
+
+# ---- 13. Several processes: torchrun ------------------------------------------------------------
 # The same program in several processes, each with its share of the rows of every batch. FSDP2
 # splits weights, gradients and moments over them; for sampling the weights are whole in each. All
 # go through the same steps, so none waits for another in vain; rank 0 alone writes and speaks.
@@ -1667,7 +1645,7 @@ def whole_weights(policy: Policy):
         forget_engine(policy)  # it knows the weights by their place, and FSDP2 moves them
 
 
-# ---- 13. Mistakes and signals -------------------------------------------------------------------
+# ---- 14. Mistakes and signals -------------------------------------------------------------------
 # A mistake of the user's ends in one line, a signal at the next good moment.
 
 class UserError(Exception):
@@ -1709,7 +1687,7 @@ def stopping() -> bool:
     return any(gather(bool(SIGNALS)))
 
 
-# ---- 14. Configuration and main -----------------------------------------------------------------
+# ---- 15. Configuration and main -----------------------------------------------------------------
 # One flag a field; what is left out is filled in from the task, the mode and the machine.
 
 def option(default, text: str, **how):

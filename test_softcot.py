@@ -271,9 +271,12 @@ def test_a_mixture_without_negligible_tokens_is_that_of_all_tokens():
     torch.manual_seed(0)
     logits, E = 20 * torch.randn(4, 5000), torch.randn(5000, 16)
     exact = torch.softmax(logits.double() / 0.5, -1) @ E.double()
-    assert len(softcot.likely(torch.softmax(logits / 0.5, -1), E)[1]) < 100
+    negligible = torch.softmax(logits / 0.5, -1).amax(0) < 2**-40
+    assert negligible.sum() > 4900
     with torch.no_grad():
         torch.testing.assert_close(softcot.mixture(logits, 0.5, E), exact.float(), rtol=0, atol=2e-6)
+        unread = softcot.mixture(logits, 0.5, E.masked_fill(negligible[:, None], math.nan))
+        torch.testing.assert_close(unread, exact.float(), rtol=0, atol=2e-6)
         flat = softcot.mixture(torch.zeros(2, 5000), 0.5, E)  # nobody may be left out
     torch.testing.assert_close(flat, E.mean(0).expand(2, 16), rtol=0, atol=1e-6)
 
@@ -741,7 +744,7 @@ def test_one_engine_serves_many_rollouts(name, monkeypatch):
             assert r.cot.ids[n, :T].tolist() == tokens and r.answer.ids[n, :A].tolist() == answer
             np.testing.assert_allclose(r.cot.logp[n, :T], logps, rtol=1e-3, atol=2e-3)
             np.testing.assert_allclose(r.answer.logp[n, :A], answer_logps, rtol=1e-3, atol=2e-2)
-        if setting.deterministic:
+        if name.endswith("greedy"):
             continue
         softcot.policy_gradient(policy, r, torch.randn(len(seeds)), 10**6)
         optimizer.step()
@@ -752,12 +755,11 @@ class Recorder:
     """Stands in for CUDA graphs: what is called inside graph() is kept, not run; replay() runs it."""
 
     def __init__(self, patch):
-        self.recording, self.runs, self.strict = None, [], "default"
+        self.recording, self.runs = None, []
         self.stream = types.SimpleNamespace(wait_stream=lambda _: None)
         for name, value in {
             "current_stream": lambda: self.stream, "CUDAGraph": self.new,
             "stream": lambda _: contextlib.nullcontext(), "graph": self.graph,
-            "set_sync_debug_mode": lambda mode: setattr(self, "strict", mode),
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)
 
@@ -773,32 +775,12 @@ class Recorder:
 
 def test_a_step_is_run_once_then_recorded_and_replayed(monkeypatch):
     recorder = Recorder(monkeypatch)
-    step = lambda: recorder.runs.append("recorded" if recorder.recording else recorder.strict)
+    step = lambda: recorder.runs.append("recorded" if recorder.recording else "run")
     replay = softcot.run_and_record(step, None, recorder.stream)
-    assert recorder.runs == ["error", "recorded"]
+    assert recorder.runs == ["run", "recorded"]
     for _ in range(3):
         replay()
-    assert recorder.runs == ["error", "recorded", "replayed", "replayed", "replayed"]
-    assert recorder.strict == "default"
-
-
-def test_a_step_that_waits_for_the_host_is_run_as_it_is(monkeypatch, capsys):
-    recorder = Recorder(monkeypatch)
-
-    def step():
-        if recorder.strict == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-        recorder.runs.append("run")
-
-    again = softcot.run_and_record(step, None, recorder.stream)
-    assert recorder.runs == ["run"]
-    for _ in range(2):
-        again()
-    assert recorder.runs == ["run"] * 3 and capsys.readouterr().out.count("not replayed") == 1
-    failing = lambda: (_ for _ in ()).throw(RuntimeError("out of memory"))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        softcot.run_and_record(failing, None, recorder.stream)
-    assert recorder.strict == "default"
+    assert recorder.runs == ["run", "recorded", "replayed", "replayed", "replayed"]
 
 
 def test_a_micro_batch_is_as_large_as_the_memory_allows(monkeypatch):
@@ -3548,7 +3530,7 @@ def test_invariants_of_random_batches(kind, name, stop, prompts, G, max_cot, max
         assert 1 <= lengths.min() and lengths.max() <= longest
         assert (part.mask == (torch.arange(part.mask.shape[1]) < lengths[:, None])).all()
     # the log-probabilities of the rollout are recomputed, and nothing else has one
-    if SETTINGS[name].deterministic:  # there is no density, so take one: of sigma 1, of tau 1
+    if name.endswith("greedy"):  # there is no density, so take one: of sigma 1, of tau 1
         r.sigma, r.cot.eps = 1.0, None if r.cot.x is None else torch.zeros_like(r.cot.x)
         r.setting = dataclasses.replace(r.setting, tau=r.setting.tau or 1.0)
     cot, answer, moved = softcot.log_probs(policy, r)

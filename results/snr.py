@@ -89,8 +89,10 @@ class Sketch:
 def gradients(policy: Policy, r, advantages: Tensor, sketch: Sketch) -> dict[str, Tensor]:
     """The sketch [M] of the gradient of the CoT's log-probability and that of the answer's."""
     found = {"cot": 0.0, "answer": 0.0}
-    tokens = softcot.affordable_tokens(policy)
-    for index, advantage in softcot.micro_batches(r, advantages, tokens):
+    columns = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
+    size = max(1, softcot.affordable_tokens(policy) // columns)
+    for index in filter(len, advantages.nonzero().flatten().split(size)):
+        advantage = advantages[index]
         cot, answer, _ = softcot.log_probs(policy, softcot.rows_of(r, index))
         for name, logp, keep in (("answer", answer, True), ("cot", cot, False)):
             loss = -(advantage * logp.sum(1)).sum() / len(advantages)
