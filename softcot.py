@@ -62,7 +62,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 class Setting:
     """How the CoT's next input is made from the logits."""
 
-    cot: str  # hard: one token's embedding; soft, fuzzy: a mixture of embeddings
+    mode: str  # hard: one token's embedding; soft, fuzzy: a mixture of embeddings
     tau: float  # temperature of p = softmax(logits / tau); 0, for hard alone: the arg-max
     noise: float  # sigma, in units of the root-mean-square of E; 0: none
 
@@ -75,6 +75,8 @@ SETTINGS = {  # training samples with "<cot>_sample" and validates with "<cot>_g
     "fuzzy_greedy": Setting("fuzzy", 0.0001, 0.0),
     "fuzzy_sample": Setting("fuzzy", 0.0001, 0.33),
 }
+STOP = "The final answer is: "  # what a CoT ends with
+BOX = "\\boxed{"  # what opens its answer
 
 
 # ---- 2. Soft tokens: mixture, noise, densities --------------------------------------------------
@@ -157,7 +159,7 @@ def next_input(logits: Tensor, setting: Setting, E: Tensor, sigma: Tensor,
     host reads no value (hence sigma is a tensor), so a GPU can record and replay it."""
     nats = entropy(logits)  # [N]
     no_density = torch.zeros_like(nats)
-    if setting.cot == "hard":
+    if setting.mode == "hard":
         token = sample_token(logits, setting.tau, u)
         logp = categorical_logp(token, logits, setting.tau) if setting.tau else no_density
         return Step(token, logp, nats, E[token])
@@ -321,10 +323,10 @@ class Engine:
     ever moves, and in step() the host reads no value, so a GPU can replay it."""
 
     def __init__(self, policy: Policy, rows: int, columns: int, steps: int):
-        """Room for rows N and columns L, and for phases of up to T steps."""
+        """Room for rows N and columns L, and for phases of so many steps."""
         zeros = partial(torch.zeros, device=policy.model.device)
         self.policy, self.room = policy, (rows, columns, steps)
-        self.N, self.L, self.T = self.room
+        self.N, self.L, self.steps = self.room
         self.batch, self.width = rows, columns  # rows and columns in use
         self.filled = 0  # columns filled or reserved, as the host counts them
         self.order = np.arange(rows)  # [N] the row that stands in each place
@@ -402,7 +404,7 @@ class Engine:
         of their own. keep: also what the loss needs."""
         self.setting, self.first, self.order = setting, self.filled, np.arange(self.N)
         self.kept = ["ids", "logp", "entropy"]
-        if keep and setting.cot != "hard":
+        if keep and setting.mode != "hard":
             self.kept += ["x", "eps"] if setting.noise else ["x"]
         self.sigma.fill_(sigma)
         self.position.fill_(position)
@@ -418,7 +420,7 @@ class Engine:
         for name in self.kept:
             value = getattr(made, name)
             if name not in self.buffers:
-                self.buffers[name] = value.new_zeros(self.N, self.T, *value.shape[1:])
+                self.buffers[name] = value.new_zeros(self.N, self.steps, *value.shape[1:])
             self.buffers[name][:M].index_copy_(1, self.t, value[:, None])
         real = torch.ones_like(made.ids[:, None], dtype=torch.bool)  # until phase() masks ends
         self.feed(made.x[:, None], real)
@@ -551,17 +553,17 @@ def progress(what: str, items, unit: str) -> tqdm:
     return tqdm(items, desc=what, unit=unit, leave=False, delay=5, disable=rank() > 0)
 
 
-def generate(engine: Engine, N: int, T: int,
+def generate(engine: Engine, N: int, limit: int,
              is_done: Callable[[str], bool]) -> tuple[Phase, list[bool]]:
-    """The phase that the engine began: up to T steps of N rows, each until is_done(its text).
+    """The phase that the engine began: up to limit steps of N rows, each until is_done(its text).
 
     Returns the Phase and which rows were done. The text is looked at now and then; the tokens that
     a row has made behind its end till then are masked out."""
     policy, look = engine.policy, LOOK[engine.real.device.type]
-    texts, length, seen = [""] * N, [T] * N, 0  # length: T until a row's end is seen
-    for t in progress(f"sampling, {N} rows", range(1, T + 1), "token"):  # steps so far
+    texts, length, seen = [""] * N, [limit] * N, 0  # length: the limit until a row's end is seen
+    for t in progress(f"sampling, {N} rows", range(1, limit + 1), "token"):  # steps so far
         engine.run_step()
-        if t % look and t < T:
+        if t % look and t < limit:
             continue
         running = engine.order[: engine.batch].tolist()
         tokens = engine.buffers["ids"][: engine.batch, seen:t].tolist()
@@ -652,7 +654,7 @@ def positions_logp(policy: Policy, setting: Setting, sigma: float, hidden: Tenso
 
     hidden [M, H], ids [M], eps and x [M, D], or None for hard tokens: see Step."""
     logits = policy.head(hidden)
-    if setting.cot == "hard":
+    if setting.mode == "hard":
         return categorical_logp(ids, logits, setting.tau), torch.zeros(len(ids), device=ids.device)
     mean = mixture(logits, setting.tau, policy.embeddings())
     moved = (x - sigma * eps - mean.detach()).float().norm(dim=-1) / sigma
@@ -690,7 +692,7 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
         part_loss.backward()
         loss += part_loss.item()
         gaps.append((answer.detach() - part.answer.logp)[part.answer.mask].abs().cpu())
-        if r.setting.cot == "hard":
+        if r.setting.mode == "hard":
             gaps.append((cot.detach() - part.cot.logp)[part.cot.mask].abs().cpu())
         else:
             moves.append(moved[part.cot.mask].cpu())
@@ -904,8 +906,8 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
     k_error: standard error of each pass@k over the problems. entropy_by_position: mean over the
     CoTs that got there, in nats (the paper's Figure 4). Problems go in order of length, so that a
     batch has little padding. may_stop: a signal raises Stopped between two batches."""
-    sampled = setting.tau > 0 if setting.cot == "hard" else setting.noise > 0
-    n = n if sampled else 1
+    if not (setting.tau if setting.mode == "hard" else setting.noise):
+        n = 1
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
     size = max(1, config.prompts * config.samples // n)  # as many rows as a training rollout has
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
@@ -968,8 +970,6 @@ def evaluate_all(policy: Policy, config: Config, tests: dict, stage: str) -> dic
 # ---- 9. Tasks, answers, rewards -----------------------------------------------------------------
 # Where questions come from, what the right answer is, and whether another one equals it.
 
-STOP = "The final answer is: "  # ends the CoT
-BOX = "\\boxed{"  # opens the answer
 PROMPT = (  # zero-shot, the same for every model; QUESTION is replaced
     "A conversation between a user and an assistant. The user asks a question, and the assistant"
     " thinks it through step by step and then gives the answer. The assistant always ends with:"

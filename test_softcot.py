@@ -332,7 +332,7 @@ def plain_rollout(policy, prompt, seed, setting, max_cot, max_answer):
     tokens, inputs, logps, text = [], [], [], ""
     for t in range(max_cot):
         logits = model(inputs_embeds=x[None]).logits[0, -1].detach()
-        if setting.cot == "hard":
+        if setting.mode == "hard":
             if setting.tau == 0:
                 token, logp = logits.argmax(), 0.0
             else:
@@ -385,11 +385,11 @@ def test_a_cached_batched_padded_rollout_equals_a_plain_one(kind, name, ends):
         assert r.answer.mask[n].tolist() == [a < A for a in range(r.answer.mask.shape[1])]
         assert r.cot.ids[n, :T].tolist() == tokens
         assert r.answer.ids[n, :A].tolist() == answer
-        if setting.cot != "hard":  # a soft CoT feeds back on itself, so that rounding errors grow
+        if setting.mode != "hard":  # a soft CoT feeds back on itself, so that rounding errors grow
             torch.testing.assert_close(r.cot.x[n, : min(T, 8)], inputs[:8], rtol=0, atol=2e-4)
             torch.testing.assert_close(r.cot.x[n, :T], inputs, rtol=0, atol=2e-2)
         np.testing.assert_allclose(r.cot.logp[n, :T], logps, rtol=1e-3, atol=2e-3)
-        atol = 2e-3 if setting.cot == "hard" else 2e-2
+        atol = 2e-3 if setting.mode == "hard" else 2e-2
         np.testing.assert_allclose(r.answer.logp[n, :A], answer_logps, rtol=1e-3, atol=atol)
 
 

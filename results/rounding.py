@@ -65,7 +65,7 @@ def arithmetic(policy: softcot.Policy, name: str):
 def recomputed(policy, setting, sigma, hidden, ids, eps, x):
     """softcot.positions_logp() with the distance of x as it was fed from the mean found here."""
     logits = policy.head(hidden)
-    if setting.cot == "hard":
+    if setting.mode == "hard":
         return softcot.categorical_logp(ids, logits, setting.tau), torch.zeros(len(ids))
     mean = softcot.mixture(logits, setting.tau, policy.embeddings())
     moved = (x - sigma * eps - mean.detach()).norm(dim=-1) / sigma
