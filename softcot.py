@@ -264,10 +264,9 @@ class Policy:
         has the keys and values of earlier columns, and gets those of these. weights, by name, take
         the place of the model's own."""
         seen = real[:, None] & (torch.arange(real.shape[1], device=real.device) <= columns[:, None])
-        positions, mask = seen.sum(2) - 1, seen[:, None]  # [N, C], [N, 1, C, L]
-        if self.model.config.get_text_config()._attn_implementation == "eager":
-            mask = torch.where(mask, 0.0, -1e9)  # is added to the attention's scores there
-        inputs = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions)
+        dtype = torch.bfloat16 if self.mixed else x.dtype  # that of attention's scores
+        mask = torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill(~seen, -1e9)
+        inputs = dict(inputs_embeds=x, attention_mask=mask[:, None], position_ids=seen.sum(2) - 1)
         inputs |= dict(past_key_values=cache, use_cache=cache is not None)
         model = self.model.base_model
         if weights:
@@ -558,7 +557,7 @@ def generate(engine: Engine, N: int, limit: int,
     """The phase that the engine began: up to limit steps of N rows, each until is_done(its text).
 
     Returns the Phase and which rows were done. The text is looked at now and then; the tokens that
-    a row has made behind its end till then are masked out."""
+    a row has made behind its end till then are masked out. What is done must stay so."""
     policy, look = engine.policy, LOOK[engine.real.device.type]
     texts, length, seen = [""] * N, [limit] * N, 0  # length: the limit until a row's end is seen
     for t in progress(f"sampling, {N} rows", range(1, limit + 1), "token"):  # steps so far
@@ -569,6 +568,10 @@ def generate(engine: Engine, N: int, limit: int,
         tokens = engine.buffers["ids"][: engine.batch, seen:t].tolist()
         for n, new in zip(running, tokens):
             if length[n] <= seen:  # it had ended before
+                continue
+            text = texts[n] + "".join(map(policy.piece, new))
+            if not is_done(text) and policy.end_ids.isdisjoint(new):
+                texts[n] = text
                 continue
             for i, token in enumerate(new, start=seen + 1):
                 texts[n] += policy.piece(token)

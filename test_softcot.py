@@ -144,7 +144,7 @@ class Scripted(nn.Module):
         self.fed.append(x)
         keys, _ = past_key_values.update(x[:, None], x[:, None], 0)
         logits = torch.full((len(x), x.shape[1], self.embed.num_embeddings), -20.0)
-        for n, counts in enumerate(attention_mask[:, 0].sum(-1).tolist()):
+        for n, counts in enumerate((attention_mask[:, 0] == 0).sum(-1).tolist()):
             prompt = (self.starts[:, 0] == keys[n, 0, 0]).all(1).int().argmax()
             script = self.scripts[prompt]
             for c, count in enumerate(counts):
@@ -638,7 +638,7 @@ def test_no_row_of_an_attention_mask_is_empty(monkeypatch):
     choices.evaluate_choices(policy, "hellaswag", [row])
     assert 0 < rollout_masks < loss_masks < len(seen)
     for mask in seen:
-        assert mask.dtype == torch.bool and mask.any(dim=-1).all()
+        assert (mask == 0).any(dim=-1).all() and ((mask == 0) | (mask == -1e9)).all()
 
 
 @pytest.mark.parametrize("bf16, given, taken", [(True, None, "bf16-mixed"), (False, None, "fp32"),
