@@ -212,7 +212,7 @@ def main(arguments=None) -> None:
     for tau in (1e-4, 0.1):
         fuzzy = dataclasses.replace(softcot.SETTINGS["fuzzy_sample"], tau=tau)
         settings[f"fuzzy tau {tau:g}"] = fuzzy
-    settings = {name: x for name, x in settings.items() if x.cot in given.modes}
+    settings = {name: x for name, x in settings.items() if x.mode in given.modes}
     rows = lab.signal(settings, given.sketch)
     print("| mode | success | n0 of the CoT's score | n0 of the answers' score | batches |"
           " norms of the two gradients |\n|---|---|---|---|---|---|")  # fmt: skip
