@@ -1106,18 +1106,12 @@ ASK += r"|\\[dt]?frac(?= *[\d{])|\\text|\\circ|\\(?:times|cdot)(?= *10 *\^))*"
 
 
 @lru_cache(2**16)  # of a group many answers are alike
-def number_alone(text: str) -> str:
-    """An answer without what is said around its number."""
-    for pattern, new in TIDY + AROUND:
-        text = re.sub(pattern, new, text.strip())
-    return text
-
-
 def same_number(answer: str, gold: str) -> bool:
     """Whether two answers state the same number: `\\$1,200.00` and `1200 apples` do.
 
     What is not surely one number is none. Math-Verify is asked about fractions and powers only."""
-    answer, gold = number_alone(answer), number_alone(gold)
+    for pattern, new in TIDY + AROUND:
+        answer, gold = (re.sub(pattern, new, text.strip()) for text in (answer, gold))
     try:
         value = float(answer.replace("_", "?"))  # Python reads 1_8 as 18
         return math.isclose(value, float(gold), rel_tol=1e-9, abs_tol=1e-9)
