@@ -1299,31 +1299,27 @@ def load_data(policy: Policy, config: Config) -> tuple[list, list, dict[str, lis
 # What a model must be able to do is tried once, before anything is trained.
 
 def load_policy(config: Config, source: str) -> Policy:
-    """The policy in a folder or on the hub; UserError says what is missing."""
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    advice = "give a hub id, or a folder with config.json, weights and tokenizer"
-    hint = f"--model {source} is the folder of a run: did you mean {source}/model"
-    require(not (Path(source) / "model" / "config.json").exists(), hint)
-    errors = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-    with explained(errors, f"--model {source}: could not be loaded; {advice}"):
-        how = {"trust_remote_code": False}  # code in a folder is never run
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **how)
-    require(tokenizer.eos_token, f"--model {source}: its tokenizer has no end-of-text token")
-    added, V = tokenizer.added_tokens_decoder, model.get_input_embeddings().num_embeddings
-    others = sum(id >= V and token.special for id, token in added.items())  # images, say: not text
-    require(len(tokenizer) - others <= V, f"--model {source}: its tokenizer is larger than it")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    """The policy in a folder or on the hub; UserError says why it can't be used."""
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, enough and fast
         torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN: pytorch#196678
-    policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
-    again = policy.decode(tokenizer(STOP + BOX, add_special_tokens=False).input_ids)
-    lost = f"--model {source}: its tokenizer makes {again!r} of the stop phrase {STOP + BOX!r}"
-    require(STOP.strip() in again and BOX in again, lost)
-    unfit = f"--model {source} does not fit soft tokens; SOFTCOT_DEBUG=1 shows where"
-    with explained((*errors, TypeError, AttributeError, AssertionError), unfit):
+    errors = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+    errors += (TypeError, AttributeError, AssertionError)
+    with explained(errors, f"--model {source} can't be used"):
+        assert not (Path(source) / "model").exists(), f"a run: did you mean {source}/model"
+        dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+        how = {"trust_remote_code": False}  # code in a folder is never run
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **how)
+        policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
+        assert tokenizer.eos_token, "its tokenizer has no end-of-text token"
+        added, V = tokenizer.added_tokens_decoder, model.get_input_embeddings().num_embeddings
+        others = sum(id >= V and token.special for id, token in added.items())  # images, say
+        assert len(tokenizer) - others <= V, "its tokenizer is larger than it"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        again = policy.decode(tokenizer(STOP + BOX, add_special_tokens=False).input_ids)
+        assert STOP.strip() in again and BOX in again, f"its tokenizer loses {STOP!r} in {again!r}"
         rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
         check_policy(policy, rounding.get(config.dtype, 1e-1))
     forget_engine(policy)
