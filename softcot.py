@@ -1192,14 +1192,13 @@ def task_named(name: str) -> Task:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a .jsonl file; UserError names the line that is not one."""
+    """What the lines of a .jsonl file hold; UserError names the one that is not JSON."""
     require(path.is_file(), f"there is no file {path}")
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             with explained((ValueError, RecursionError), f"{path} line {number} is not JSON"):
                 rows.append(json.loads(line))
-            require(isinstance(rows[-1], dict), f"{path} line {number} is not a JSON object")
     return rows
 
 

@@ -1659,7 +1659,7 @@ def one_line_error(capsys, arguments, progress=False):
         ("--model UNTOKENIZED --out-dir OUT", "tokenizer"),
         ("--model TINY --task gsm8k --data-dir NOWHERE --out-dir OUT", "there is no file"),
         ("--model TINY --task gsm8k --data-dir BROKEN --out-dir OUT", "line 2"),
-        ("--model TINY --task gsm8k --data-dir LISTS --out-dir OUT", "line 1"),
+        ("--model TINY --task gsm8k --data-dir LISTS --out-dir OUT", "row 1"),
         ("--model TINY --task gsm8k --data-dir FIELDS --out-dir OUT", "question"),
         ("--model TINY --task gsm8k --data-dir BLANK --out-dir OUT", "empty"),
         ("--model TINY --task gsm8k --out-dir OUT", "--data-dir DIR"),
