@@ -1221,7 +1221,7 @@ def read_rows(config: Config, name: str, split: str) -> list[dict]:
 
 
 def load_problems(config: Config, name: str, split: str) -> list[Problem]:
-    """The "train", "validation" or "test" problems of a task; says how many, and how many it skips.
+    """The "train", "validation" or "test" problems of a task; says how many rows are no problem.
 
     Validation problems (and test problems, where the task has no test split) are held out of the
     training split, always the same. Repeated questions and rows without an answer are skipped."""
@@ -1229,7 +1229,7 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
     if task.prompt == PROMPT:  # not for the toy, which needs no grader
         task.equal("1/2", "2")  # one that can't start says so now, not in the middle of a run
     source = "test" if split == "test" and task.test else "train"
-    rows, by_prompt, answerless = read_rows(config, name, source), {}, 0
+    rows, by_prompt = read_rows(config, name, source), {}
     for i, row in enumerate(rows):
         wrong = f"{name} {source}: row {i + 1} has no readable question (or problem) and answer"
         with explained((KeyError, TypeError, AttributeError, UnicodeError), wrong):
@@ -1238,11 +1238,8 @@ def load_problems(config: Config, name: str, split: str) -> list[Problem]:
             (prompt + gold).encode()
         if gold:
             by_prompt.setdefault(prompt, Problem(i, prompt, gold, task.equal))
-        else:
-            answerless += 1
     problems = list(by_prompt.values())
-    repeated = len(rows) - answerless - len(problems)
-    skipped = f"{answerless} without an answer, {repeated} repeated"
+    skipped = f"{len(rows) - len(problems)} repeated or without an answer"
     if source == "train":
         order = np.random.default_rng(0).permutation(len(problems))
         size = min(128, max(1, len(problems) // 10))  # held out, to choose the checkpoint
