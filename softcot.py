@@ -1257,11 +1257,8 @@ def fitting(policy: Policy, problems: list[Problem], config: Config) -> list[Pro
     The context ends where a window of attention would slide, or LongRoPE's angles would change."""
     text = policy.model.config.get_text_config()
     names = ["max_position_embeddings", "sliding_window", "attention_chunk_size"]
-    sizes = [getattr(text, name, None) for name in names]
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        sizes.append(rope.get("original_max_position_embeddings"))
-    context = min(size or math.inf for size in sizes)
+    names += ["original_max_position_embeddings"]  # of LongRoPE
+    context = min(getattr(text, name, None) or math.inf for name in names)
     more = max(config.max_cot, config.eval_max_cot) + config.max_answer
     more += len(policy.tokenizer(STOP + BOX).input_ids)
     fits = [p for p in problems if len(policy.tokenizer(p.prompt).input_ids) + more <= context]

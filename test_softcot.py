@@ -3130,8 +3130,7 @@ def test_odd_answers_and_questions_of_a_file_are_read_as_they_are_meant(tiny_fol
 
 
 @pytest.mark.parametrize("limit", [
-    {"sliding_window": 20}, {"attention_chunk_size": 20},
-    {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 20}},
+    {"sliding_window": 20}, {"attention_chunk_size": 20}, {"original_max_position_embeddings": 20},
 ])  # fmt: skip
 def test_the_context_ends_where_a_window_slides_or_longrope_changes(limit, tiny_folder):
     """Gaps would use up a window, and beyond LongRoPE's switch all angles depend on the longest row."""
