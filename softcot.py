@@ -1721,14 +1721,11 @@ class Config:
                 require(value >= low, f"{flag(name)} {value} is too small: give {low} or more")
             if type(value) is float:
                 require(0 < value < math.inf, f"{flag(name)} {value}: give a positive number")
-        if self.eval_only:
-            require(self.eval_limit != 0, "--eval-limit 0 leaves --eval-only nothing to do")
-        else:
-            require(task_named(self.task).train, f"--task {self.task} is only for --eval-only")
-        useless = "--sigma-scale has no use with --cot hard: leave it out"
-        require(self.cot != "hard" or not self.sigma_scale, useless)
-        missing = f"--task {self.task} needs a pretrained model: add --model, a hub id or a folder"
-        require(self.task == "toy" or self.model, missing)
+        task = f"--task {self.task}"
+        require(self.eval_only or task_named(self.task).train, f"{task} is only for --eval-only")
+        require(self.task == "toy" or self.model, f"{task} needs --model, a hub id or a folder")
+        require(self.eval_limit != 0 or not self.eval_only, "--eval-limit 0: nothing to evaluate")
+        require(self.cot != "hard" or not self.sigma_scale, "--cot hard has no --sigma-scale")
 
 
 def flag(name: str) -> str:
