@@ -1738,8 +1738,8 @@ def settings_of(config: Config) -> dict[str, Setting]:
     return SETTINGS | {f"{cot}_greedy": greedy, f"{cot}_sample": Setting(cot, tau, noise)}
 
 
-def filled(config: Config) -> tuple[Config, str]:
-    """Config with the defaults of task, mode and machine for None, and a line that tells them."""
+def filled(config: Config) -> Config:
+    """Config with the defaults of task, mode and machine for None."""
     task = task_named(config.task)
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
     fastest = "cuda" if torch.cuda.is_available() else mps
@@ -1764,10 +1764,8 @@ def filled(config: Config) -> tuple[Config, str]:
         # threads wait for each other: for so small a model two are slower on a busy machine
         "threads": 1 if config.model is None else torch.get_num_threads(),
     }
-    missing = {k: v for k, v in defaults.items() if getattr(config, k) is None and v is not None}
-    words = (f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
-             for name, value in missing.items())  # fmt: skip
-    return dataclasses.replace(config, **missing), f"filled in: {' '.join(words)}"
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
 
 
 def default_folder(config: Config) -> str:
@@ -1834,8 +1832,8 @@ def noise_advice(config: Config, figures: dict[str, float]) -> str:
 
 def run(config: Config) -> str:
     """What the program does; returns its last line."""
-    config, filled_in = filled(config)
-    print(filled_in)
+    config = filled(config)
+    print(config)
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.device == "cpu")  # same seed, same bits
     out = Path(config.out_dir)

@@ -652,9 +652,9 @@ def test_bf16_is_taken_where_a_gpu_has_it_and_is_never_emulated(bf16, given, tak
         with pytest.raises(softcot.UserError, match="no bf16"):
             softcot.filled(softcot.Config(model="m", dtype=given))
     else:
-        config, _ = softcot.filled(softcot.Config(model="m", dtype=given))
+        config = softcot.filled(softcot.Config(model="m", dtype=given))
         assert (config.dtype, config.device) == (taken, "cuda")
-        assert softcot.filled(softcot.Config())[0].device == "cpu"  # the toy
+        assert softcot.filled(softcot.Config()).device == "cpu"  # the toy
 
 
 def test_a_gpu_is_given_tf32_and_an_attention_without_nan(tiny_folder, monkeypatch):
@@ -662,7 +662,7 @@ def test_a_gpu_is_given_tf32_and_an_attention_without_nan(tiny_folder, monkeypat
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda how: seen.append(how))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: seen.append(on))
     monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda model, device: model)  # stays on the CPU
-    config, _ = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
+    config = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
     softcot.load_policy(config, str(tiny_folder))
     assert seen == []
     softcot.load_policy(dataclasses.replace(config, device="cuda:0"), str(tiny_folder))
@@ -940,7 +940,7 @@ def tokenizers_as_saved(monkeypatch):
 def test_a_model_is_loaded_in_every_arithmetic(dtype, kind, tmp_path, tokenizers_as_saved):
     policy = tiny_policy(kind)
     policy.model.save_pretrained(tmp_path), policy.tokenizer.save_pretrained(tmp_path)
-    config, _ = softcot.filled(softcot.Config(device="cpu", dtype=dtype))
+    config = softcot.filled(softcot.Config(device="cpu", dtype=dtype))
     policy = softcot.load_policy(config, str(tmp_path))
     for name in ("soft_sample", "hard_sample"):
         r = sample(policy, SETTINGS[name])
@@ -1522,7 +1522,7 @@ def test_weights_without_a_gradient_are_saved_and_resumed(dtype, tmp_path):
 
 
 def test_a_tokenizer_with_several_chat_templates_is_saved(tiny_folder, tmp_path):
-    config = softcot.filled(softcot.Config(cot="hard"))[0]
+    config = softcot.filled(softcot.Config(cot="hard"))
     policy = softcot.load_policy(config, str(tiny_folder))
     policy.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     softcot.checkpoint(policy, config, tmp_path, [], 1, 0.0)
@@ -1747,7 +1747,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_pat
 def test_evaluation_figures_equal_a_plain_recount(tiny_folder, monkeypatch):
     """Rollouts are recorded on the way, and every figure is computed again from them, row by row."""
     arguments = f"--model {tiny_folder} --eval-max-cot 9 --samples 4 --prompts 2 --device cpu".split()
-    config, _ = softcot.filled(softcot.parse(arguments))
+    config = softcot.filled(softcot.parse(arguments))
     policy = softcot.load_policy(config, str(tiny_folder))
     problems = softcot.load_problems(config, "toy", "test")[:6]
     kept, real = [], softcot.rollout
@@ -2146,7 +2146,7 @@ def test_a_model_that_is_not_there_leaves_the_files_of_a_run_alone(tmp_path):
 @pytest.mark.parametrize("task", softcot.TASKS)
 def test_every_task_is_evaluated_unless_told_otherwise(task):
     train = [] if softcot.TASKS[task].train else ["--eval-only"]
-    config, _ = softcot.filled(softcot.parse(["--task", task, "--model", "any", *train]))
+    config = softcot.filled(softcot.parse(["--task", task, "--model", "any", *train]))
     assert config.eval_limit == 128 and config.eval_k == 32
 
 
@@ -2225,7 +2225,7 @@ def test_choices_are_evaluated_from_the_command_line(tiny_folder, tmp_path, caps
     printed = capsys.readouterr().out.splitlines()
     *others, base, trained = read_json(out / "eval.json")
     assert others == before  # and none is there twice
-    config, _ = softcot.filled(softcot.Config(model=str(tiny_folder)))
+    config = softcot.filled(softcot.Config(model=str(tiny_folder)))
     for record, stage, folder in ((base, "base", tiny_folder), (trained, "trained", out / "model")):
         policy = softcot.load_policy(config, str(folder))
         scores = choices.evaluate_choices(policy, "hellaswag", rows[:4])
@@ -2775,7 +2775,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tiny_folder, tmp
         begun = (killed / "config.json").exists()
         process = Fork(command_of(tiny_folder, killed, *more, *(["--resume"] if begun else [])))
         while process.exitcode is None:
-            at_work = "filled in" in process.said()[0]
+            at_work = "Config(" in process.said()[0]
             saved = state.exists() and state.stat().st_mtime_ns != before
             if saved or (at_work and kill % 2):
                 break
@@ -2927,7 +2927,7 @@ def test_records_name_their_model_and_its_weights(tiny_folder, tmp_path):
     ],
 )
 def test_the_default_folder_names_task_model_mode_and_seed(arguments, folder):
-    assert softcot.filled(softcot.parse(arguments))[0].out_dir == folder
+    assert softcot.filled(softcot.parse(arguments)).out_dir == folder
 
 
 def test_an_editor_may_save_softcot_while_it_runs(tmp_path):
@@ -3048,7 +3048,7 @@ def test_the_state_is_saved_more_seldom_if_that_takes_long(tiny_folder, tmp_path
 
 
 def test_what_a_task_fills_in_fits_what_was_asked_for(capsys, tiny_folder):
-    filled = lambda *flags: softcot.filled(softcot.parse(["--device", "cpu", *flags]))[0]
+    filled = lambda *flags: softcot.filled(softcot.parse(["--device", "cpu", *flags]))
     real = ("--model", "m", "--task", "gsm8k")
     assert filled(*real).eval_max_cot == 512 and filled(*real, "--max-cot", "32").eval_max_cot == 32
     assert filled().threads == 1 and filled(*real).threads == torch.get_num_threads()
@@ -3062,13 +3062,13 @@ def test_what_a_task_fills_in_fits_what_was_asked_for(capsys, tiny_folder):
     [(0.4, 0.39, "too little"), (0.4, 0.3, None), (0.4, 0.02, None), (0.4, 0.005, "too much")],
 )
 def test_training_says_what_the_noise_costs(without, with_noise, says):
-    config, _ = softcot.filled(softcot.Config(device="cpu"))
+    config = softcot.filled(softcot.Config(device="cpu"))
     figures = {"toy soft_greedy pass@1": without, "toy soft_sample pass@1": with_noise}
     found = softcot.noise_advice(config, figures)
     assert f"success {with_noise:.3f}, without it {without:.3f}" in found
     assert says in found if says else not found.partition("without it ")[2].partition(":")[1]
     assert softcot.noise_advice(config, {}) == ""
-    config, _ = softcot.filled(softcot.Config(model="m", task="math", device="cpu"))  # tested on math500
+    config = softcot.filled(softcot.Config(model="m", task="math", device="cpu"))  # tested on math500
     figures = {name.replace("toy", "math500"): figure for name, figure in figures.items()}
     assert softcot.noise_advice(config, figures) == found
 
@@ -3084,7 +3084,7 @@ def test_a_factor_behind_the_head_is_found(family, factor, tmp_path):
     config = getattr(transformers, family + "Config")(**sizes, **scaled)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    config, _ = softcot.filled(softcot.Config(model=str(tmp_path), device="cpu"))
+    config = softcot.filled(softcot.Config(model=str(tmp_path), device="cpu"))
     policy = softcot.load_policy(config, str(tmp_path))
     assert policy.logit_scale == pytest.approx(factor, rel=1e-4)
     ids = torch.tensor([[5, 9, 30, 2]])
@@ -3119,7 +3119,7 @@ def test_odd_answers_and_questions_of_a_file_are_read_as_they_are_meant(tiny_fol
     rows += [{"question": "c", "answer": "1234567890"}]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = str(tmp_path / "mine.jsonl")
-    config, _ = softcot.filled(softcot.parse(["--task", task, "--model", str(tiny_folder), "--max-answer", "3"]))
+    config = softcot.filled(softcot.parse(["--task", task, "--model", str(tiny_folder), "--max-answer", "3"]))
     policy, splits = softcot.load_policy(config, str(tiny_folder)), ("train", "validation", "test")
     problems = [p for split in splits for p in softcot.load_problems(config, task, split)]
     found = {problem.prompt[-14:-11]: problem.gold for problem in problems}
@@ -3134,7 +3134,7 @@ def test_odd_answers_and_questions_of_a_file_are_read_as_they_are_meant(tiny_fol
 ])  # fmt: skip
 def test_the_context_ends_where_a_window_slides_or_longrope_changes(limit, tiny_folder):
     """Gaps would use up a window, and beyond LongRoPE's switch all angles depend on the longest row."""
-    config, _ = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
+    config = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
     policy = softcot.load_policy(config, str(tiny_folder))
     problems = softcot.load_problems(config, "toy", "test")[:3]
     for name, value in limit.items():
@@ -3159,7 +3159,7 @@ def test_text_that_goes_on_is_not_given_a_space_of_its_own():
 def test_a_resumed_run_does_not_hold_on_to_the_file_of_its_state(tiny_folder, tmp_path):
     """It will be replaced: Windows would refuse that, and Linux keep it on the disk."""
     assert tiny_run(tiny_folder, tmp_path, "--steps", "2", "--eval-limit", "0") == 0
-    config, _ = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
+    config = softcot.filled(softcot.Config(model=str(tiny_folder), device="cpu"))
     policy = softcot.load_policy(config, str(tiny_folder))
     optimizer = softcot.make_optimizer(policy, config)
     assert softcot.load_state(tmp_path / "state.pt", policy, optimizer)[0] == 2
@@ -3622,7 +3622,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_with_tiny_shapes(capsys):
 
 
 def test_the_script_on_rounding_finds_what_rounding_does(tiny_folder, capsys, monkeypatch):
-    loaded = softcot.load_policy(softcot.filled(softcot.Config(device="cpu"))[0], str(tiny_folder))
+    loaded = softcot.load_policy(softcot.filled(softcot.Config(device="cpu")), str(tiny_folder))
     ids = torch.arange(5)[None]
     exact = loaded.model(ids).logits
     with rounding.arithmetic(loaded, "bf16"):

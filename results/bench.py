@@ -86,7 +86,7 @@ def highest_gib() -> float:
 
 def main(arguments: list[str]) -> None:
     """Load what the flags say, and print the table."""
-    config, _ = softcot.filled(softcot.parse(arguments))
+    config = softcot.filled(softcot.parse(arguments))
     torch.set_num_threads(config.threads)
     base = config.model or str(toy_tasks.base_model(Path("runs/toy-base")))
     policy = softcot.load_policy(config, base)

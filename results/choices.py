@@ -112,7 +112,7 @@ def run(given: argparse.Namespace) -> None:
     """Score the base and the trained model, print a line for each, and write both down."""
     rows = read_rows(given.task, given.data_dir, given.limit)
     config = Config(model=given.model, dtype=given.dtype, device=given.device)
-    config, _ = softcot.filled(config)
+    config = softcot.filled(config)
     torch.set_num_threads(config.threads)
     base = given.model or str(toy_tasks.base_model(Path("runs/toy-base")))
     found = []

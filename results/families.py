@@ -59,7 +59,7 @@ def verdict(kind) -> tuple[str, str]:
             model.save_pretrained(folder)
         except Exception as error:
             return "not built", str(error)
-        config, _ = softcot.filled(softcot.Config(model=folder, device="cpu"))
+        config = softcot.filled(softcot.Config(model=folder, device="cpu"))
         try:  # the toy's tokenizer is in no family's own format (Qwen2 reads it as an empty one)
             with patch.object(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer):
                 policy = softcot.load_policy(config, folder)

@@ -182,7 +182,7 @@ def train_run(name: str, given, flags: list[str], out: Path, clock: Clock, base:
     """One run, from where it stands to its last step or until the time is over."""
     mode, noise, which = RUNS[name]
     noise = [] if mode == "hard" else ["--sigma-scale", str(noise or given.noise)]
-    config, _ = softcot.filled(softcot.parse([*flags, "--cot", mode, *noise]))
+    config = softcot.filled(softcot.parse([*flags, "--cot", mode, *noise]))
     key = {"run": name, "seed": config.seed, "lr": config.lr, "noise": config.sigma_scale}
     key |= {k: getattr(config, k) for k in ("model", "prompts", "samples", "max_cot", "steps")}
     label = f"{name}-noise{config.sigma_scale or 0:g}-s{config.seed}-lr{config.lr:g}"
@@ -317,7 +317,7 @@ def main(arguments=None) -> None:
         return report(given.out)
     clock, given.slowest = Clock(given.minutes), {"step": 0.0, "evaluation": 0.0}
     given.out.mkdir(parents=True, exist_ok=True)
-    config, _ = softcot.filled(softcot.parse(flags))
+    config = softcot.filled(softcot.parse(flags))
     given.folder = config.model or str(toy_tasks.base_model(Path("runs/toy-base")))
     torch.set_num_threads(config.threads)
     base = softcot.load_policy(config, given.folder)

@@ -102,7 +102,7 @@ def cot_gradient(policy: softcot.Policy, r: softcot.Rollout) -> tuple[torch.Tens
 def table(folder: str, data_dir: str, tokens: int, samples: int) -> None:
     """Print a row for each pair of formats of rollout and loss, and each mode."""
     config = softcot.Config(model=folder, task="gsm8k", data_dir=data_dir, device="cpu")
-    config, _ = softcot.filled(dataclasses.replace(config, max_cot=tokens))
+    config = softcot.filled(dataclasses.replace(config, max_cot=tokens))
     policy = softcot.load_policy(config, folder)
     problems = softcot.load_problems(config, "gsm8k", "train")[:2]
     prompts = [problem.prompt for problem in problems for _ in range(samples)]
@@ -156,7 +156,7 @@ def train_toy(steps: int) -> None:
                 softcot.run(softcot.parse(flags.split()))
                 rows = softcot.read_log(Path(out) / "metrics.jsonl")
                 softcot.rollout = real
-                config, _ = softcot.filled(softcot.parse(flags.split()))
+                config = softcot.filled(softcot.parse(flags.split()))
                 policy = softcot.load_policy(config, f"{out}/model")
                 test = softcot.load_problems(config, "toy", "test")[:128]
                 scores = softcot.evaluate(policy, test, softcot.SETTINGS["hard_greedy"], config, 1)

@@ -194,7 +194,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--sketch", type=int, default=SKETCH, help="numbers kept of a gradient")
     parser.add_argument("--out", type=Path, help="append the figures to this .jsonl file")
     given, flags = parser.parse_known_args(arguments)
-    config, _ = softcot.filled(softcot.parse(flags))
+    config = softcot.filled(softcot.parse(flags))
     torch.set_num_threads(config.threads)
     lab = Lab(config, given.minutes)
     base = lab.success_by_noise()

@@ -34,7 +34,7 @@ KEY = "black: mixture h", "line and dot: its noise, x = h + σε", "ring: a CoT 
 
 def sampled(folder: str, question: str, max_cot: int) -> tuple[Policy, Rollout]:
     """A model and its soft CoTs of a question, with greedy answers; every model has one noise."""
-    config, _ = softcot.filled(softcot.Config(device="cpu"))
+    config = softcot.filled(softcot.Config(device="cpu"))
     policy = softcot.load_policy(config, folder)
     seeds = softcot.row_seeds([(0, 7, n) for n in range(SAMPLES)])
     how = (softcot.SETTINGS["soft_sample"], max_cot, config.max_answer, 0.0)

@@ -46,7 +46,7 @@ def train(width: int, factor: float, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as out:
         flags = f"--model {base} --seed {seed} --sigma-scale {factor} --prompts 16 --threads 1"
         flags += f" --eval-settings hard_greedy --out-dir {out} --device cpu"
-        config, _ = softcot.filled(softcot.parse(flags.split()))
+        config = softcot.filled(softcot.parse(flags.split()))
         policy = softcot.load_policy(config, base)
         problems = softcot.load_problems(config, "toy", "train")[:64]
         found = {}
