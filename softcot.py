@@ -1702,8 +1702,7 @@ class Config:
     resume: bool = option(False, "continue the run in --out-dir from its last saved state")
     eval_only: bool = option(False, "evaluate --model, train nothing")
     eval_tasks: list[str] = option(None, "also math500 olympiadbench FILE.jsonl")
-    eval_settings: list[str] = option(
-        tuple(SETTINGS), f"of {' '.join(SETTINGS)}", choices=SETTINGS, metavar="NAME")
+    eval_settings: list[str] = option(tuple(SETTINGS), "of these (default: all)", choices=SETTINGS)
     eval_k: int = option(None, "samples a problem in evaluation, for pass@k")
     eval_limit: int = option(None, "test problems to evaluate; 0 skips all evaluation")
     micro_batch: int = option(None, "tokens in one backward pass (default: as memory allows)")
