@@ -832,10 +832,12 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
         weights = states.get_model_state_dict(policy.model, options=WHOLE)
         once = dict([*policy.model.named_parameters(), *policy.model.named_buffers()])
         weights = {name: w for name, w in weights.items() if name in once}  # a tied head is E
-        if rank() == 0:
-            with replacing(out / "model") as folder:  # an ordinary one, for from_pretrained()
-                policy.model.save_pretrained(folder, state_dict=weights)
-                policy.tokenizer.save_pretrained(folder)
+
+        def save(folder: Path) -> None:  # an ordinary one, for from_pretrained()
+            policy.model.save_pretrained(folder, state_dict=weights)
+            policy.tokenizer.save_pretrained(folder)
+
+        write(out / "model", save)
     return best
 
 
@@ -874,9 +876,7 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         if stop or last or gather(start > due)[0]:
             bar.set_postfix_str("saving")
             save_state(out / "state.pt", policy, optimizer, step + 1, best)
-            if rank() == 0:
-                with replacing(out / "curves.png") as part:
-                    plot_curves(history, config.cot, part)
+            write(out / "curves.png", partial(plot_curves, history, config.cot))
             due = start + 21 * (time.perf_counter() - start)  # 1 of saving, 20 of training
         if stop:
             raise Stopped
@@ -1464,13 +1464,14 @@ class AdamW16(torch.optim.AdamW):
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory
 
 
-@contextmanager
-def replacing(path: Path):
-    """A name to write to, renamed to path once all is on the disk; if that fails, path stays."""
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """On rank 0: save(a name) that is renamed to path once all is on the disk; else path stays."""
+    if rank() > 0:
+        return
     part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
     with explained((OSError, RuntimeError, SafetensorError), f"{path}: can't be written"):
         shutil.rmtree(part, ignore_errors=True)
-        yield part
+        save(part)
         for file in [file for file in part.rglob("*") if file.is_file()] or [part]:
             with open(file, "r+b") as written:  # Windows syncs only what may be written
                 os.fsync(written.fileno())
@@ -1483,9 +1484,8 @@ def replacing(path: Path):
 
 def write_json(path: Path, content) -> None:
     """Write JSON, all of it or nothing."""
-    if rank() == 0:
-        with replacing(path) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1) + "\n"
+    write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def append_jsonl(path: Path, row: dict) -> None:
@@ -1500,9 +1500,8 @@ def read_log(path: Path, last: float = math.inf) -> list[dict]:
     text = path.read_bytes() if path.exists() else b""
     rows = [row for row in map(json.loads, text.split(b"\n")[:-1]) if row.get("step", 0) <= last]
     kept = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    if kept != text and rank() == 0:
-        with replacing(path) as part:
-            part.write_bytes(kept)
+    if kept != text:
+        write(path, lambda part: part.write_bytes(kept))
     return rows
 
 
@@ -1510,9 +1509,7 @@ def save_state(path: Path, policy: Policy, optimizer, step: int, best: float) ->
     """Save all that --resume needs; data order, noise, learning rate follow from the step."""
     model, moments = states.get_state_dict(policy.model, optimizer, options=WHOLE)
     state = {"model": model, "optimizer": moments, "step": step, "best": best}
-    if rank() == 0:
-        with replacing(path) as part:
-            torch.save(state, part)
+    write(path, partial(torch.save, state))
 
 
 def load_state(path: Path, policy: Policy, optimizer) -> tuple[int, float]:
