@@ -1370,8 +1370,7 @@ class Keys(transformers.cache_utils.StaticLayer):
             engine.keys_and_values += [self.keys, self.values]
         self.keys[: engine.batch].index_copy_(2, engine.columns, keys.to(self.keys.dtype))
         self.values[: engine.batch].index_copy_(2, engine.columns, values.to(self.keys.dtype))
-        used = (slice(engine.batch), slice(None), slice(engine.width))
-        return self.keys[used], self.values[used]
+        return tuple(x[: engine.batch, :, : engine.width] for x in (self.keys, self.values))
 
 
 def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
@@ -1774,8 +1773,7 @@ def default_folder(config: Config) -> str:
 
 def parse(arguments: list[str]) -> Config:
     """Config from command-line arguments; UserError on an unknown flag or a bad value."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, prog="softcot.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.error = partial(require, False)  # argparse's own prints the usage and exits
     by_type = {"str": {}, "bool": {"action": "store_true"}, "list[str]": {"nargs": "+"}}
     by_type |= {"int": {"type": int}, "float": {"type": float}}
