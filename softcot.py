@@ -33,7 +33,7 @@ Where the paper is silent or ambiguous, and where this differs from it: see the 
 from __future__ import annotations
 
 import argparse, atexit, dataclasses, datetime, gc, json, math, os, re, shlex, shutil
-import signal, subprocess, sys, threading, time
+import signal, subprocess, sys, threading, time, weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
@@ -1315,7 +1315,7 @@ def load_policy(config: Config, source: str) -> Policy:
         assert STOP.strip() in again and BOX in again, f"its tokenizer loses {STOP!r} in {again!r}"
         rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
         check_policy(policy, rounding.get(config.dtype, 1e-1))
-    forget_engine(policy)
+    policy.engine = None
     return shard(policy, config) if processes() > 1 else policy
 
 
@@ -1358,7 +1358,7 @@ class Keys(transformers.cache_utils.StaticLayer):
 
     def __init__(self, engine: Engine):
         super().__init__(engine.L)
-        self.engine = engine
+        self.engine = weakref.proxy(engine)  # no circle: who forgets the engine frees its memory
 
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Write those of the present columns; return those of all rows and columns in use."""
@@ -1392,19 +1392,12 @@ def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
     """The policy's engine, emptied; a larger one where that has too little room."""
     block = BLOCK[policy.model.device.type]
     room = (rows, -(-columns // block) * block, steps)
-    has = (0, 0, 0) if policy.engine is None else policy.engine.room
+    has = policy.engine.room if policy.engine else (0, 0, 0)
     if any(more > some for more, some in zip(room, has)):
-        forget_engine(policy)  # before the new one takes its memory
+        policy.engine = None  # free the old one's memory first
         policy.engine = Engine(policy, *map(max, room, has))
     policy.engine.restart()
     return policy.engine
-
-
-def forget_engine(policy: Policy) -> None:
-    """Free the last rollout's buffers and graphs at once: they refer to each other in circles."""
-    if policy.engine is not None:
-        vars(policy.engine).clear()
-    policy.engine = None
 
 
 def affordable_tokens(policy: Policy) -> int:
@@ -1622,7 +1615,7 @@ def whole_weights(policy: Policy):
         module.reshard()
         module.set_reshard_after_forward(True, recurse=False)
     if shards:
-        forget_engine(policy)  # it knows the weights by their place, and FSDP2 moves them
+        policy.engine = None  # it knows the weights by their place, and FSDP2 moves them
 
 
 # ---- 14. Mistakes and signals -------------------------------------------------------------------
