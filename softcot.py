@@ -638,10 +638,8 @@ def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hid
     more in the backward pass. Reentrant: each chunk's gradient is added to the weights' at once."""
     row, place = phase.mask.nonzero(as_tuple=True)  # [M] the real positions
     # recomputation needs an input with gradient, even if all of it is constant
-    found = hidden[row, before[row, place]].requires_grad_(torch.is_grad_enabled())  # [M, H]
-    score = partial(positions_logp, policy, setting, sigma)
-    if torch.is_grad_enabled():
-        score = partial(recompute, score, use_reentrant=True)
+    found = hidden[row, before[row, place]].requires_grad_()  # [M, H]
+    score = partial(recompute, positions_logp, policy, setting, sigma, use_reentrant=True)
     size, scores = max(1, CHUNK // policy.model.get_input_embeddings().num_embeddings), []
     for rows, places, chunk in zip(*(x.split(size) for x in (row, place, found))):
         stored = (phase.ids, phase.eps, phase.x)
