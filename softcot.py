@@ -321,23 +321,20 @@ class Engine:
     Rows 0 .. batch-1 of its buffers are run; rows that have ended may be put behind them. No buffer
     ever moves, and in step() the host reads no value, so a GPU can replay it."""
 
-    def __init__(self, policy: Policy, rows: int, columns: int, steps: int):
-        """Room for rows N and columns L, and for phases of so many steps."""
+    def __init__(self, policy: Policy, rows: int, columns: int):
         zeros = partial(torch.zeros, device=policy.model.device)
-        self.policy, self.room = policy, (rows, columns, steps)
-        self.N, self.L, self.steps = self.room
+        self.policy, self.N, self.L = policy, rows, columns
         self.batch, self.width = rows, columns  # rows and columns in use
         self.filled = 0  # columns filled or reserved, as the host counts them
         self.order = np.arange(rows)  # [N] the row that stands in each place
         self.real = zeros(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
         self.next_column = zeros(1, dtype=torch.int64)
         self.columns = self.next_column  # [C] those that are being fed
-        self.t = zeros(1, dtype=torch.int64)  # the next position of the phase
-        self.position = zeros(1, dtype=torch.int64)  # its place in the rows' random streams
+        self.position = zeros(1, dtype=torch.int64)  # of the next step, in the random streams
         self.seeds = zeros(rows, dtype=torch.int64)  # [N] of these streams
         self.sigma = zeros(())
         self.hidden, self.E = None, None  # [N, H] of each row's last real column; [V, D]
-        self.buffers = {}  # by name: the fields of Phase, [N, T, ...]; each phase is copied out
+        self.buffers = {}  # by name: the fields of Phase, [N, L, ...]; each phase is copied out
         self.replays, self.weights = {}, {}  # by setting and shape; in bf16, by name
         self.keys_and_values = []  # of all layers, each [N, heads, L, head size], once made
         text = policy.model.config.get_text_config()
@@ -407,7 +404,6 @@ class Engine:
             self.kept += ["x", "eps"] if setting.noise else ["x"]
         self.sigma.fill_(sigma)
         self.position.fill_(position)
-        self.t.zero_()
 
     def step(self) -> None:
         """One position of the rows in the batch: make the next input, write it down, feed it."""
@@ -419,11 +415,10 @@ class Engine:
         for name in self.kept:
             value = getattr(made, name)
             if name not in self.buffers:
-                self.buffers[name] = value.new_zeros(self.N, self.steps, *value.shape[1:])
-            self.buffers[name][:M].index_copy_(1, self.t, value[:, None])
+                self.buffers[name] = value.new_zeros(self.N, self.L, *value.shape[1:])
+            self.buffers[name][:M].index_copy_(1, self.next_column, value[:, None])
         real = torch.ones_like(made.ids[:, None], dtype=torch.bool)  # until phase() masks ends
         self.feed(made.x[:, None], real)
-        self.t += 1
         self.position += 1
 
     def run_step(self) -> None:
@@ -452,15 +447,16 @@ class Engine:
 
         length: the real steps of each. What is behind them is masked, and all rows are in the batch
         again, in their order."""
-        self.batch, end = len(length), max(length)
+        self.batch, T = len(length), max(length)
         self.arrange(np.argsort(self.order[: self.batch]))
         steps = torch.arange(self.filled - self.first, device=self.real.device)
         mask = steps < torch.tensor(length, device=steps.device)[:, None]
         self.real[: self.batch, self.first : self.filled] = mask
-        fields = {name: self.buffers[name][: self.batch, :end].clone() for name in self.kept}
+        columns = slice(self.first, self.first + T)
+        fields = {name: self.buffers[name][: self.batch, columns].clone() for name in self.kept}
         for name in ("ids", "logp", "entropy"):
-            fields[name] *= mask[:, :end]
-        return Phase(**fields, mask=mask[:, :end])
+            fields[name] *= mask[:, :T]
+        return Phase(**fields, mask=mask[:, :T])
 
 
 # ---- 5. Rollout: think, then answer -------------------------------------------------------------
@@ -522,9 +518,8 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
     prompt_of = np.array([different.index(text) for text in prompts])  # [N]
     N, P = len(prompts), ids.shape[1]
     max_prefill = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # F at most
-    columns = P + max_cot + max_prefill + max_answer
     with whole_weights(policy), policy.arithmetic():
-        engine = engine_with(policy, N, columns, max(max_cot, max_answer))
+        engine = engine_with(policy, N, P + max_cot + max_prefill + max_answer)
         engine.batch = len(different)
         engine.reserve(P)
         engine.feed(engine.E[ids], mask)
@@ -565,7 +560,8 @@ def generate(engine: Engine, N: int, limit: int,
         if t % look and t < limit:
             continue
         running = engine.order[: engine.batch].tolist()
-        tokens = engine.buffers["ids"][: engine.batch, seen:t].tolist()
+        columns = slice(engine.first + seen, engine.first + t)
+        tokens = engine.buffers["ids"][: engine.batch, columns].tolist()
         for n, new in zip(running, tokens):
             if length[n] <= seen:  # it had ended before
                 continue
@@ -1331,7 +1327,7 @@ def check_policy(policy: Policy, close: float) -> None:
         x = torch.stack([E[ids], p * E[ids] + (1 - p) * E[ids + 1]])  # [2, 5, D]
         real = torch.ones(2, 5, dtype=torch.bool, device=E.device)
         real[1, 2] = False
-        engine = policy.engine = Engine(policy, 2, 5, 1)
+        engine = policy.engine = Engine(policy, 2, 5)
         engine.restart()
         engine.reserve(5)
         first = engine.feed(x[:, :3], real[:, :3])
@@ -1386,14 +1382,14 @@ def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
     return graph.replay
 
 
-def engine_with(policy: Policy, rows: int, columns: int, steps: int) -> Engine:
+def engine_with(policy: Policy, rows: int, columns: int) -> Engine:
     """The policy's engine, emptied; a larger one where that has too little room."""
     block = BLOCK[policy.model.device.type]
-    room = (rows, -(-columns // block) * block, steps)
-    has = policy.engine.room if policy.engine else (0, 0, 0)
-    if any(more > some for more, some in zip(room, has)):
+    columns = -(-columns // block) * block
+    N, L = (policy.engine.N, policy.engine.L) if policy.engine else (0, 0)
+    if rows > N or columns > L:
         policy.engine = None  # free the old one's memory first
-        policy.engine = Engine(policy, *map(max, room, has))
+        policy.engine = Engine(policy, max(rows, N), max(columns, L))
     policy.engine.restart()
     return policy.engine
 
