@@ -189,9 +189,7 @@ TRAINING, EVALUATION, ROUNDING = 0, 1, 2  # purposes of random numbers
 
 
 def row_seeds(labels: list[tuple[int, ...]]) -> Tensor:
-    """A seed for each row, int64 [N], that depends on every one of its labels, and on no other row.
-
-    The labels: run seed, purpose, step (in training), problem, sample."""
+    """A seed for each row, int64 [N], of its labels: run seed, purpose, step, problem, sample."""
     seeds = torch.zeros(len(labels), dtype=torch.int64)
     for column in torch.tensor(labels).T:
         seeds = random_words(seeds ^ column, torch.tensor(0))
@@ -260,9 +258,8 @@ class Policy:
         """Feed x [N, C, D], which stands in columns [C]; its last hidden states [N, C, H].
 
         real [N, L]: which columns hold tokens, these included. Each attends to the real ones up to
-        itself, and its position is their number, less one. cache
-        has the keys and values of earlier columns, and gets those of these. weights, by name, take
-        the place of the model's own."""
+        itself, and its position is their number, less one. cache has the keys and values of earlier
+        columns, and gets those of these. weights, by name, take the place of the model's own."""
         seen = real[:, None] & (torch.arange(real.shape[1], device=real.device) <= columns[:, None])
         dtype = torch.bfloat16 if self.mixed else x.dtype  # that of attention's scores
         mask = torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill(~seen, -1e9)
@@ -517,9 +514,9 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
     ids, mask = policy.tokenize(different)  # [B, P]
     prompt_of = np.array([different.index(text) for text in prompts])  # [N]
     N, P = len(prompts), ids.shape[1]
-    max_prefill = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # F at most
+    F = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # at most
     with whole_weights(policy), policy.arithmetic():
-        engine = engine_with(policy, N, P + max_cot + max_prefill + max_answer)
+        engine = engine_with(policy, N, P + max_cot + F + max_answer)
         engine.batch = len(different)
         engine.reserve(P)
         engine.feed(engine.E[ids], mask)
