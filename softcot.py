@@ -1397,17 +1397,16 @@ def affordable_tokens(policy: Policy) -> int:
     Each matrix keeps its input and its output until then: 1 MB a token for a model of 0.5B in bf16.
     On a GPU there are up to four fp32 copies of the head and its gradient, too."""
     device, free = policy.model.device, 2**32  # bytes, on a CPU
-    weights = list(policy.model.parameters())
+    weights, E = list(policy.model.parameters()), policy.model.get_input_embeddings().weight
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         gradients = sum(w.nbytes for w in weights if w.grad is None)
         casts = sum(2 * w.numel() for w in weights) if policy.mixed else 0
-        head = 4 * policy.model.get_input_embeddings().weight.numel()
+        head = 4 * E.numel()
         # 0.6 of what is left: the rest is for what is not counted
         free = 0.6 * (torch.cuda.mem_get_info(device)[0] + unused - gradients - casts - 4 * head)
-    layers = [m for m in policy.model.base_model.modules() if not isinstance(m, nn.Embedding)]
-    matrices = [w for m in layers for w in m.parameters(recurse=False) if w.dim() == 2]
-    size = 2 if policy.mixed else weights[0].itemsize
+    matrices = [w for w in policy.model.base_model.parameters() if w.dim() == 2 and w is not E]
+    size = 2 if policy.mixed else E.itemsize
     return min(gather(max(1, int(free / sum(sum(w.shape) * size for w in matrices)))))
 
 
