@@ -796,12 +796,11 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
         torch.manual_seed(row_seeds([(config.seed, ROUNDING, step)]).item())  # of AdamW16's
         optimizer.step()
     optimizer.zero_grad()
-    trained = time.perf_counter()
     figures = sampled(r, rewards)
     metrics = {
         "step": step + 1, **figures, **fit, "grad_norm": norm, "lr": lr, "skipped": skipped,
         "grader_timeouts": GRADER.timeouts,
-        "rollout_s": rolled - start, "train_s": trained - rolled,
+        "rollout_s": rolled - start, "train_s": time.perf_counter() - rolled,
         "tokens_per_s": figures["tokens"] / (rolled - start),
     }  # fmt: skip
     if policy.model.device.type == "cuda":
