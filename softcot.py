@@ -21,8 +21,7 @@ E [V, D] are the token embeddings, tau is a temperature, sigma the noise's stand
 logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
 A sequence is laid out as  [prompt P | gap][CoT T | gap][prefill F | gap][answer A | gap].
 Gaps are the columns that a shorter row leaves empty. Masks are True on real tokens; positions
-count them, so gaps leave no trace, and every column has something to attend to: the prompt's
-first token, at the least.
+count them, so gaps leave no trace. Each column attends to the prompt's first token, at the least.
 A CoT ends when its tokens (of a soft one the likeliest) spell the stop phrase "The final answer
 is: ", at an end token, or after --max-cot tokens. Then `\\boxed{` is put behind it (with the
 phrase, if it is missing), and the answer ends where that box closes, at an end token, or after
@@ -304,8 +303,8 @@ class Policy:
 
 # ---- 4. Engine: rows that grow column by column, at fixed addresses -----------------------------
 # Keys and values are kept, so that each step runs one new column. rollout() and generate() below
-# show how it is used: reserve() and feed() a text, begin() a phase, run_step() for each position,
-# phase() to end it. go_on(), and what it has from part 11, make it fast; skip them.
+# show how it is used: reserve() and feed() a text, run_step() for each position of a phase.
+# go_on(), and what it has from part 11, make it fast; skip them.
 
 LOOK = {"cpu": 1, "cuda": 16, "mps": 16}  # positions between two looks at the text
 BLOCK = {"cpu": 32, "cuda": 128, "mps": 128}  # columns in use are a multiple of it
@@ -322,11 +321,10 @@ class Engine:
         zeros = partial(torch.zeros, device=policy.model.device)
         self.policy, self.N, self.L = policy, rows, columns
         self.batch, self.width = rows, columns  # rows and columns in use
-        self.filled = 0  # columns filled or reserved, as the host counts them
+        self.filled = 0  # columns that are fed or reserved
         self.order = np.arange(rows)  # [N] the row that stands in each place
         self.real = zeros(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
         self.next_column = zeros(1, dtype=torch.int64)
-        self.columns = self.next_column  # [C] those that are being fed
         self.position = zeros(1, dtype=torch.int64)  # of the next step, in the random streams
         self.seeds = zeros(rows, dtype=torch.int64)  # [N] of these streams
         self.sigma = zeros(())
@@ -359,19 +357,17 @@ class Engine:
                     self.weights.setdefault(f"{layer}.{name}", w.detach().bfloat16()).copy_(w)
 
     def reserve(self, count: int) -> None:
-        """Announce so many columns more, before they are fed: attention reads a greater width.
-
-        Not in feed(), which a GPU replays without asking the host."""
+        """Let attention read so many columns more; not in feed(), which a GPU replays as it is."""
         self.filled += count
         block = BLOCK[self.real.device.type]
-        self.width = min(self.L, -(-self.filled // block) * block)
+        self.width = -(-self.filled // block) * block
 
     def feed(self, x: Tensor, real: Tensor) -> Tensor:
         """Append columns x [M, C, D] to the batch, and return their hidden states [M, C, H].
 
         real [M, C]: in each row the real ones come first."""
         M, C = real.shape
-        self.columns = self.next_column + torch.arange(C, device=x.device)
+        self.columns = self.next_column + torch.arange(C, device=x.device)  # [C] being fed
         self.real[:M].index_copy_(1, self.columns, real)
         used = self.real[:M, : self.width]
         hidden = self.policy.run(x, used, self.columns, self.cache, self.weights)
@@ -390,18 +386,6 @@ class Engine:
         for buffer in kept:
             buffer[new] = buffer[old]
 
-    def begin(self, setting: Setting, position=0, sigma=0.0, keep=False) -> None:
-        """Start a phase of the rows in the batch, with noise of size sigma.
-
-        position: of its first step in the random streams, so that a CoT and its answer have numbers
-        of their own. keep: also what the loss needs."""
-        self.setting, self.first, self.order = setting, self.filled, np.arange(self.N)
-        self.kept = ["ids", "logp", "entropy"]
-        if keep and setting.mode != "hard":
-            self.kept += ["x", "eps"] if setting.noise else ["x"]
-        self.sigma.fill_(sigma)
-        self.position.fill_(position)
-
     def step(self) -> None:
         """One position of the rows in the batch: make the next input, write it down, feed it."""
         M = self.batch
@@ -414,7 +398,7 @@ class Engine:
             if name not in self.buffers:
                 self.buffers[name] = value.new_zeros(self.N, self.L, *value.shape[1:])
             self.buffers[name][:M].index_copy_(1, self.next_column, value[:, None])
-        real = torch.ones_like(made.ids[:, None], dtype=torch.bool)  # until phase() masks ends
+        real = torch.ones_like(made.ids[:, None], dtype=torch.bool)  # generate() masks ends
         self.feed(made.x[:, None], real)
         self.position += 1
 
@@ -438,22 +422,6 @@ class Engine:
             ended = ~np.isin(self.order[: self.batch], rows)
             self.arrange(np.argsort(ended, kind="stable"))  # who goes on is in front now
             self.batch = batch
-
-    def phase(self, length: list[int]) -> Phase:
-        """What the phase has made of the rows, up to the longest: copies.
-
-        length: the real steps of each. What is behind them is masked, and all rows are in the batch
-        again, in their order."""
-        self.batch, T = len(length), max(length)
-        self.arrange(np.argsort(self.order[: self.batch]))
-        steps = torch.arange(self.filled - self.first, device=self.real.device)
-        mask = steps < torch.tensor(length, device=steps.device)[:, None]
-        self.real[: self.batch, self.first : self.filled] = mask
-        columns = slice(self.first, self.first + T)
-        fields = {name: self.buffers[name][: self.batch, columns].clone() for name in self.kept}
-        for name in ("ids", "logp", "entropy"):
-            fields[name] *= mask[:, :T]
-        return Phase(**fields, mask=mask[:, :T])
 
 
 # ---- 5. Rollout: think, then answer -------------------------------------------------------------
@@ -523,8 +491,8 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         sigma = setting.noise * engine.E.float().square().mean().sqrt().item()
         engine.arrange(prompt_of)
         engine.batch, engine.seeds[:N] = N, seeds
-        engine.begin(setting, 0, sigma, keep)
-        cot, stopped = generate(engine, N, max_cot, lambda text: STOP.strip() in text)
+        is_done = lambda text: STOP.strip() in text
+        cot, stopped = generate(engine, setting, max_cot, is_done, sigma=sigma, keep=keep)
         cots = policy.decode(cot.tokens())
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
         # a CoT that was cut off is gone on with as it stands, with no space, as in the paper
@@ -532,8 +500,8 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         prefill_ids, prefill_mask = policy.tokenize(openings, begins=False)  # [N, F]
         engine.reserve(prefill_ids.shape[1])
         engine.feed(engine.E[prefill_ids], prefill_mask)
-        engine.begin(Setting("hard", answer_tau, 0.0), position=max_cot)
-        answer, _ = generate(engine, N, max_answer, lambda text: boxed(text) is not None)
+        hard, is_done = Setting("hard", answer_tau, 0.0), lambda text: boxed(text) is not None
+        answer, _ = generate(engine, hard, max_answer, is_done, position=max_cot)
     answers = policy.decode(answer.tokens())
     return Rollout(setting, sigma, ids[prompt_of], mask[prompt_of], prefill_ids, prefill_mask,
                    cot, answer, stopped, cots, answers)
@@ -544,21 +512,28 @@ def progress(what: str, items, unit: str) -> tqdm:
     return tqdm(items, desc=what, unit=unit, leave=False, delay=5, disable=rank() > 0)
 
 
-def generate(engine: Engine, N: int, limit: int,
-             is_done: Callable[[str], bool]) -> tuple[Phase, list[bool]]:
-    """The phase that the engine began: up to limit steps of N rows, each until is_done(its text).
+def generate(engine: Engine, setting: Setting, limit: int, is_done: Callable[[str], bool],
+             position=0, sigma=0.0, keep=False) -> tuple[Phase, list[bool]]:
+    """A phase of the N rows in the batch: up to limit steps, each row until is_done(its text).
 
-    Returns the Phase and which rows were done. The text is looked at now and then; the tokens that
-    a row has made behind its end till then are masked out. What is done must stay so."""
-    policy, look = engine.policy, LOOK[engine.real.device.type]
+    position: of the first step in the random streams, so that a CoT and its answer have numbers of
+    their own. sigma: of the noise. keep: also what the loss needs. Returns the Phase, in copies,
+    and which rows were done. The text is looked at now and then; the tokens that a row has made
+    behind its end till then are masked out. What is done must stay so."""
+    policy, N, first, device = engine.policy, engine.batch, engine.filled, engine.real.device
+    engine.setting, engine.order = setting, np.arange(engine.N)
+    engine.kept = ["ids", "logp", "entropy"]
+    if keep and setting.mode != "hard":
+        engine.kept += ["x", "eps"] if setting.noise else ["x"]
+    engine.sigma.fill_(sigma)
+    engine.position.fill_(position)
     texts, length, seen = [""] * N, [limit] * N, 0  # length: the limit until a row's end is seen
     for t in progress(f"sampling, {N} rows", range(1, limit + 1), "token"):  # steps so far
         engine.run_step()
-        if t % look and t < limit:
+        if t % LOOK[device.type] and t < limit:
             continue
         running = engine.order[: engine.batch].tolist()
-        columns = slice(engine.first + seen, engine.first + t)
-        tokens = engine.buffers["ids"][: engine.batch, columns].tolist()
+        tokens = engine.buffers["ids"][: engine.batch, first + seen : first + t].tolist()
         for n, new in zip(running, tokens):
             if length[n] <= seen:  # it had ended before
                 continue
@@ -575,7 +550,16 @@ def generate(engine: Engine, N: int, limit: int,
         if not going:
             break
         engine.go_on(going)
-    return engine.phase(length), [is_done(text) for text in texts]
+    engine.batch = N
+    engine.arrange(np.argsort(engine.order[:N]))  # all rows again, in their order
+    columns = torch.arange(engine.filled - first, device=device)
+    mask = columns < torch.tensor(length, device=device)[:, None]  # [N, T and more]
+    engine.real[:N, first : engine.filled] = mask
+    T = max(length)
+    fields = {name: engine.buffers[name][:N, first : first + T].clone() for name in engine.kept}
+    for name in ("ids", "logp", "entropy"):
+        fields[name] *= mask[:, :T]
+    return Phase(**fields, mask=mask[:, :T]), [is_done(text) for text in texts]
 
 
 # ---- 6. Log-probabilities, advantages, gradient -------------------------------------------------

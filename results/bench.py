@@ -41,7 +41,12 @@ def nothing_ends(policy: Policy):
     """Within, no text is done and no token ends one."""
     real, ends = softcot.generate, policy.end_ids
     policy.end_ids = set()
-    with replaced("generate", lambda engine, N, T, done: real(engine, N, T, lambda text: False)):
+
+    def endless(engine, setting, limit, _, **how):
+        """generate() with a text that is never done."""
+        return real(engine, setting, limit, lambda text: False, **how)
+
+    with replaced("generate", endless):
         yield
     policy.end_ids = ends
 
