@@ -2435,18 +2435,14 @@ class Kernel(Fork):
         return self.exitcode
 
 
-SMALLER = [  # trainings of the notebooks: so they take a quarter, or half, of the time
-    (r"(softcot\.Config\(cot=\S+, )seed", r"\1prompts=16, steps=50, lr=1e-4, seed"),
-    (r"(--steps 40 --prompts )16", r"\g<1>8"),
-]
+SMALLER = r"\1prompts=16, steps=50, lr=1e-4, seed"  # a quarter of the time, and as much is learnt
 
 
 def execute(notebook, folder, **how):
-    """Run all cells of a notebook in a folder; its trainings are smaller."""
+    """Run all cells of a notebook in a folder; the trainings of notebooks 2 and 3 are smaller."""
     where = {"metadata": {"path": str(folder)}}
-    for old, new in SMALLER:
-        for cell in notebook.cells:
-            cell.source = re.sub(old, new, cell.source)
+    for cell in notebook.cells:
+        cell.source = re.sub(r"(softcot\.Config\(cot=\S+, )seed", SMALLER, cell.source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_provisioner, "launch_kernel", Kernel)
         NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where, **how).execute()
