@@ -1,6 +1,6 @@
 """Tests of softcot: every one compares with an oracle (numpy, float64, brute force, a plain loop).
 
-    python -m pytest                 # .ci/run: two halves of 7 minutes; no network
+    python -m pytest                 # .ci/run: two halves of about 5 minutes; no network
 """
 
 import ast
