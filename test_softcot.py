@@ -2442,7 +2442,7 @@ def execute(notebook, folder, **how):
     """Run all cells of a notebook in a folder; the trainings of notebooks 2 and 3 are smaller."""
     where = {"metadata": {"path": str(folder)}}
     for cell in notebook.cells:
-        cell.source = re.sub(r"(softcot\.Config\(cot=\S+, )seed", SMALLER, cell.source)
+        cell.source = re.sub(r"(softcot\.Config\(\w+=\S+, )seed", SMALLER, cell.source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_provisioner, "launch_kernel", Kernel)
         NotebookClient(notebook, timeout=280, kernel_name="python3", resources=where, **how).execute()
