@@ -1790,8 +1790,10 @@ def noise_advice(config: Config, figures: dict[str, float]) -> str:
 
 def run(config: Config) -> str:
     """What the program does; returns its last line."""
-    config = filled(config)
-    print(config)
+    given, config = vars(config), filled(config)
+    new = {name: value for name, value in vars(config).items() if value != given[name]}
+    text = lambda value: " ".join(value) if isinstance(value, list) else value
+    print("filled in:", *(f"{flag(name)} {text(value)}" for name, value in new.items()))
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.device == "cpu")  # same seed, same bits
     out = Path(config.out_dir)
