@@ -8,22 +8,23 @@ applies; after training, the model is used with ordinary hard tokens.
 
     p_{t-1} = softmax(logits_{t-1} / tau),   h_t = p_{t-1} E             (eqs 3, 5) mixture
     hard token   x_t ~ p_{t-1},  feed E[x_t]                                 (eq 4) next_input
-    soft token   feed  ht_t = h_t + sigma * N(0, I)                          (eq 6) next_input
-    log pi(ht_t | past) = -||ht_t - h_t||^2 / (2 sigma^2) + const            (eqs 9-10) soft_logp
+    soft token   x_t = h_t + sigma * N(0, I),  feed x_t                      (eq 6) next_input
+    log pi(x_t | past) = log p_{t-1}(x_t), or -||x_t - h_t||^2 / (2 sigma^2) (eqs 9-10) soft_logp
     A_bg = r_bg - mean of the other G-1 rewards of prompt b                 (eq 12) rloo_advantages
-    loss = -1/(BG) sum_bg A_bg (sum_t log pi(ht_t) + sum_a log pi(a)) (eqs 8, 13-15) policy_gradient
+    loss = -1/(BG) sum_bg A_bg (sum_t log pi(x_t) + sum_a log pi(a))  (eqs 8, 13-15) policy_gradient
 
 Dimensions of the shape comments:
     B prompts of a step, G samples of each prompt, N = B*G sequences (row n = b*G + g)
     P prompt, T CoT, F prefill, A answer: lengths in tokens; L = P+T+F+A columns, C those just fed
     V vocabulary, D embedding width, H width of the last hidden state, M some rows or positions
+    (in the engine N and L are what it has room for; in a micro-batch N and B are its own)
 E [V, D] are the token embeddings, tau is a temperature, sigma the noise's standard deviation.
 logits, log-probabilities in nats, embeddings: float; ids: int64; masks: bool.
 A sequence is laid out as  [prompt P | gap][CoT T | gap][prefill F | gap][answer A | gap].
 Gaps are the columns that a shorter row leaves empty. Masks are True on real tokens; positions
 count them, so gaps leave no trace. Each column attends to the prompt's first token, at the least.
 A CoT ends when its tokens (of a soft one the likeliest) spell the stop phrase "The final answer
-is: ", at an end token, or after --max-cot tokens. Then `\\boxed{` is put behind it (with the
+is:", at an end token, or after --max-cot tokens. Then `\\boxed{` is put behind it (with the
 phrase, if it is missing), and the answer ends where that box closes, at an end token, or after
 --max-answer tokens. Reward: 100 if it is right, 10 if wrong, 0 if the box is still open.
 Where the paper is silent or ambiguous, and where this differs from it: see the README.
@@ -55,11 +56,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 # ---- 1. Settings: three ways to think, six ways to run a model ----------------------------------
-# Every mode of training and of inference is a row of one table.
+# Whatever is trained or evaluated runs in a Setting; these six are the paper's.
 
 @dataclass(frozen=True)
 class Setting:
-    """How the CoT's next input is made from the logits."""
+    """How the next input is made from the logits."""
 
     mode: str  # hard: one token's embedding; soft, fuzzy: a mixture of embeddings
     tau: float  # temperature of p = softmax(logits / tau); 0, for hard alone: the arg-max
@@ -74,7 +75,7 @@ SETTINGS = {  # training samples with "<cot>_sample" and validates with "<cot>_g
     "fuzzy_greedy": Setting("fuzzy", 0.0001, 0.0),
     "fuzzy_sample": Setting("fuzzy", 0.0001, 0.33),
 }
-STOP = "The final answer is: "  # what a CoT ends with
+STOP = "The final answer is: "  # what a CoT ends with, but for the last space
 BOX = "\\boxed{"  # what opens its answer
 
 
@@ -88,8 +89,8 @@ def mixture(logits: Tensor, tau: float, E: Tensor) -> Tensor:
     logits [..., V], E [V', D] with V' >= V (padded vocabularies) -> [..., D]; with gradient."""
     p, E = torch.softmax(logits.float() / tau, dim=-1), E[: logits.shape[-1]]
     if E.device.type == "cpu" and not torch.is_grad_enabled():
-        # tokens that together have less than 2^-24 of each p, fp32's rounding, can be left out:
-        # of 150,000 a few hundred stay, and E need not be read
+        # tokens that together have less than 2^-24 of each p, fp32's rounding, can be left out: of
+        # 150,000 a few hundred stay, and E need not be read (a GPU would wait for their number)
         some = (p.reshape(-1, len(E)) > 2.0**-24 / len(E)).any(0).nonzero().flatten()
         if 16 * len(some) < len(E):
             p, E = p[..., some], E[some]
@@ -108,9 +109,9 @@ def soft_logp(eps: Tensor, mean: Tensor, sigma: float) -> Tensor:
     """log pi of a soft token that was drawn as its mean + sigma * eps   (eqs 9, 10).
 
     The value is always -||eps||^2 / 2; what informs is the gradient, eps / sigma times that of the
-    mean, which on policy is exact: the sample is put at the mean computed *here* plus sigma * eps.
-    The x that was fed lies around the mean of the rollout. Where two tokens tie, rounding moves
-    means by many sigma (embeddings are tens to hundreds apart), which would drown eps.
+    mean, which on policy is exact. The x that was fed is not used: it lies around the mean of the
+    rollout, and where two tokens tie, rounding moves a mean by many sigma (embeddings are tens to
+    hundreds of sigma apart), which would drown eps.
     eps, mean [..., D], with gradient of the mean -> [...] in nats."""
     return gaussian_logp(mean + sigma * eps, mean, sigma)
 
@@ -184,11 +185,11 @@ def unsigned_shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-TRAINING, EVALUATION, ROUNDING = 0, 1, 2  # purposes of random numbers
+TRAINING, EVALUATION, ROUNDING = 0, 1, 2  # purposes of random numbers; ROUNDING: see AdamW16
 
 
 def row_seeds(labels: list[tuple[int, ...]]) -> Tensor:
-    """A seed for each row, int64 [N], of its labels: run seed, purpose, step, problem, sample."""
+    """A seed for each row, int64 [N], of its labels: run seed, purpose and others, as problem."""
     seeds = torch.zeros(len(labels), dtype=torch.int64)
     for column in torch.tensor(labels).T:
         seeds = random_words(seeds ^ column, torch.tensor(0))
@@ -280,7 +281,7 @@ class Policy:
         rows = self.tokenizer(texts, add_special_tokens=begins).input_ids
         # some tokenizers end each text: then the model would not go on with it
         rows = [row[:-1] if len(row) > 1 and row[-1] in self.end_ids else row for row in rows]
-        if not begins:  # Llama 2 puts a space before each text; not behind "\n", which is cut off
+        if not begins:  # Llama 2 puts a space before each text: tokenize "\n" + text, cut "\n" off
             plain = partial(self.tokenizer, add_special_tokens=False)
             both, line = plain(["\n" + x for x in texts]).input_ids, plain("\n").input_ids
             tails = [ids[len(line) :] if ids[: len(line)] == line else None for ids in both]
@@ -321,25 +322,26 @@ class Engine:
         zeros = partial(torch.zeros, device=policy.model.device)
         self.policy, self.N, self.L = policy, rows, columns
         self.batch, self.width = rows, columns  # rows and columns in use
-        self.filled = 0  # columns that are fed or reserved
-        self.order = np.arange(rows)  # [N] the row that stands in each place
+        self.filled = 0  # columns that are fed or reserved; next_column counts on the device
+        self.order = np.arange(rows)  # [N] the row that stands in each place, from generate() on
         self.real = zeros(rows, columns, dtype=torch.bool)  # [N, L] True on real tokens
         self.next_column = zeros(1, dtype=torch.int64)
         self.position = zeros(1, dtype=torch.int64)  # of the next step, in the random streams
         self.seeds = zeros(rows, dtype=torch.int64)  # [N] of these streams
         self.sigma = zeros(())
-        self.hidden, self.E = None, None  # [N, H] of each row's last real column; [V, D]
-        self.buffers = {}  # by name: the fields of Phase, [N, L, ...]; each phase is copied out
-        self.replays, self.weights = {}, {}  # by setting and shape; in bf16, by name
-        self.keys_and_values = []  # of all layers, each [N, heads, L, head size], once made
+        self.hidden, self.E = None, None  # [N, H] of each row's last column; [V, D]
+        self.buffers = {}  # by name: the fields of Step, [N, L, ...]; each phase is copied out
+        self.replays = {}  # recorded steps, by setting and shape
+        self.weights = {}  # of linear layers in bf16, by name
+        self.keys_and_values = []  # [N, heads, L, head size] each: Keys.update() makes and fills it
         text = policy.model.config.get_text_config()
         layers = [Keys(self) for _ in range(text.num_hidden_layers)]
         self.cache = transformers.cache_utils.Cache(layers=layers)
         # no recording where FSDP2 moves the weights, or a mixture of experts waits for the host
-        same = not dist.is_initialized() and not any("expert" in name for name in vars(text))
-        cuda = policy.model.device.type == "cuda"
+        record = policy.model.device.type == "cuda" and not dist.is_initialized()
+        record = record and not any("expert" in name for name in vars(text))
         # memory and stream that all recorded steps share
-        self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if cuda and same else ()
+        self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if record else ()
 
     def restart(self) -> None:
         """Empty the columns, and take over the weights as they are now.
@@ -365,7 +367,7 @@ class Engine:
     def feed(self, x: Tensor, real: Tensor) -> Tensor:
         """Append columns x [M, C, D] to the batch, and return their hidden states [M, C, H].
 
-        real [M, C]: in each row the real ones come first."""
+        M is the batch; real [M, C]: in each row the real ones come first."""
         M, C = real.shape
         self.columns = self.next_column + torch.arange(C, device=x.device)  # [C] being fed
         self.real[:M].index_copy_(1, self.columns, real)
@@ -457,7 +459,7 @@ class Rollout:
 
 
 def rows_of(x, index: Tensor):
-    """The rows that index [M] selects of a tensor, a list, or every field of a Phase or Rollout.
+    """The rows that index [M] selects of a tensor, a list, or these fields of a Phase or Rollout.
 
     The columns of a Phase end where the longest of these rows does."""
     if isinstance(x, (Phase, Rollout)):
@@ -482,9 +484,9 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
     ids, mask = policy.tokenize(different)  # [B, P]
     prompt_of = np.array([different.index(text) for text in prompts])  # [N]
     N, P = len(prompts), ids.shape[1]
-    F = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # at most
+    F = policy.tokenize([BOX, " " + BOX, STOP + BOX])[0].shape[1]  # at most, to know the room
     with whole_weights(policy), policy.arithmetic():
-        engine = engine_with(policy, N, P + max_cot + F + max_answer)
+        engine = engine_with(policy, N, P + max_cot + F + max_answer)  # emptied
         engine.batch = len(different)
         engine.reserve(P)
         engine.feed(engine.E[ids], mask)
@@ -495,7 +497,7 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
         cot, stopped = generate(engine, setting, max_cot, is_done, sigma=sigma, keep=keep)
         cots = policy.decode(cot.tokens())
         spaces = ["" if text[-1:].isspace() else " " for text in cots]
-        # a CoT that was cut off is gone on with as it stands, with no space, as in the paper
+        # a CoT without the phrase is gone on with as it stands, with no space, as in the paper
         openings = [space + BOX if s else STOP + BOX for space, s in zip(spaces, stopped)]
         prefill_ids, prefill_mask = policy.tokenize(openings, begins=False)  # [N, F]
         engine.reserve(prefill_ids.shape[1])
@@ -505,11 +507,6 @@ def rollout(policy: Policy, prompts: list[str], seeds: Tensor, setting: Setting,
     answers = policy.decode(answer.tokens())
     return Rollout(setting, sigma, ids[prompt_of], mask[prompt_of], prefill_ids, prefill_mask,
                    cot, answer, stopped, cots, answers)
-
-
-def progress(what: str, items, unit: str) -> tqdm:
-    """A bar for what may take long: shown after five seconds, and by one process alone."""
-    return tqdm(items, desc=what, unit=unit, leave=False, delay=5, disable=rank() > 0)
 
 
 def generate(engine: Engine, setting: Setting, limit: int, is_done: Callable[[str], bool],
@@ -580,7 +577,7 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     (0 for hard tokens)."""
     embed = policy.model.get_input_embeddings()
     real = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
-    prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)
+    prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)  # a pad is like no token
     prompts, prompt_of = prompts.unique(dim=0, return_inverse=True)  # [B, P] different ones, [N]
     P, T, F, A = (x.shape[1] for x in (prompts, r.cot.ids, r.prefill_ids, r.answer.ids))
     ids = torch.cat([r.cot.ids, r.prefill_ids, r.answer.ids], dim=1)  # [N, T+F+A]
@@ -599,10 +596,10 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         hidden = torch.cat([first[prompt_of], hidden], dim=1)  # [N, L, H]
         # a position is predicted from the last real column before it, never from a gap
         last = torch.where(real, columns, 0).cummax(dim=1).values  # [N, L]
-        before = last.roll(1, dims=1)
-        cot, moved = phase_logp(policy, r.cot, r.setting, r.sigma, hidden, before[:, P : P + T])
+        before_cot, before_answer = last[:, P - 1 : P + T - 1], last[:, P + T + F - 1 : -1]
+        cot, moved = phase_logp(policy, r.cot, r.setting, r.sigma, hidden, before_cot)
         hard = SETTINGS["hard_sample"]  # temperature 1, at which answers of training are sampled
-        answer, _ = phase_logp(policy, r.answer, hard, 0.0, hidden, before[:, P + T + F :])
+        answer, _ = phase_logp(policy, r.answer, hard, 0.0, hidden, before_answer)
     return cot, answer, moved
 
 
@@ -610,9 +607,10 @@ def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hid
                before: Tensor) -> tuple[Tensor, Tensor]:
     """log pi of a phase's positions, with gradient, and how far their means moved: [N, T] each.
 
-    hidden [N, L, H]; before [N, T]: the column that predicts each position. Logits (V a position)
-    are the largest tensors of all, so they are made for a chunk of positions at a time, and once
-    more in the backward pass. Reentrant: each chunk's gradient is added to the weights' at once."""
+    hidden [N, L, H]; before [N, T]: the column that predicts each position (T of this phase). The
+    largest tensors of all are logits (V a position), so they are made for a chunk of positions at a
+    time, and once more in the backward pass. Reentrant: each chunk's gradient is added to the
+    weights' at once."""
     row, place = phase.mask.nonzero(as_tuple=True)  # [M] the real positions
     # recomputation needs an input with gradient, even if all of it is constant
     found = hidden[row, before[row, place]].requires_grad_()  # [M, H]
@@ -655,7 +653,8 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     logp_gap: the largest distance of a hard token's log-probability, in nats (answers, too);
     mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
     loss, gaps, moves = 0.0, [torch.zeros(0)], [torch.zeros(0)]
-    N = sum(gather(len(advantages))) / processes()  # FSDP2 takes the mean of the gradients
+    # rows of a process, on average: FSDP2 takes the mean of the gradients
+    N = sum(gather(len(advantages))) / processes()
     columns = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
     size = max(1, (micro_batch or affordable_tokens(policy)) // columns)
     indices = advantages.nonzero().flatten().split(size)  # rows with A = 0 add nothing
@@ -665,7 +664,7 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     parts += [nothing] * (max(gather(len(parts))) - len(parts))
     for index, advantage in progress("gradient", parts, "part"):
         part = rows_of(r, index)
-        cot, answer, moved = policy.call(log_probs, policy, part)  # [M, T], [M, A], [M, T]
+        cot, answer, moved = policy.call(log_probs, policy, part)  # [rows of the part, T or A]
         part_loss = -(advantage * (cot.sum(1) + answer.sum(1))).sum() / N
         part_loss.backward()
         loss += part_loss.item()
@@ -703,8 +702,8 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, set
              keep: bool = True) -> tuple[Rollout, np.ndarray]:
     """A rollout of G samples of each of B problems, and its rewards [B, G]; see rollout().
 
-    Each sample's noise depends on (labels, problem, sample) alone; a problem may come twice. Of
-    several processes each has its rows of the rollout, every so many, and all rewards."""
+    The random numbers of a sample depend on (labels, problem, sample) alone; a problem may come
+    twice. Of K processes number k rolls out rows k, k+K, ...; all get all rewards."""
     before = [problems[:b].count(problem) for b, problem in enumerate(problems)]
     samples = [(p, n * G + g) for p, n in zip(problems, before) for g in range(G)]
     own = samples[rank() :: processes()] or samples[:1]
@@ -796,7 +795,7 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
                best: float) -> float:
     """Validate greedily and keep the best model so far in out/model; the new best.
 
-    held_out: validation problems. Of equally good models the last is kept; of all, if none."""
+    held_out: validation problems; without any the latest model is kept, else of equals the last."""
     greedy = settings_of(config)[f"{config.cot}_greedy"]
     score = float(step)
     if held_out:  # a signal waits: the step behind is to be saved
@@ -822,6 +821,7 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         first, best = load_state(out / "state.pt", policy, optimizer)
     else:
         first, best = 0, checkpoint(policy, config, out, held_out, 0, -1.0)
+    # cut both logs behind that step
     history, _ = (read_log(out / name, first) for name in ("metrics.jsonl", "samples.jsonl"))
     every = max(1, config.steps // CHECKPOINTS)
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=config.cot,
@@ -1545,6 +1545,11 @@ def gather(x) -> list:
     if processes() > 1:
         dist.all_gather_object(every, x)
     return every
+
+
+def progress(what: str, items, unit: str) -> tqdm:
+    """A bar for what may take long: shown after five seconds, and by one process alone."""
+    return tqdm(items, desc=what, unit=unit, leave=False, delay=5, disable=rank() > 0)
 
 
 def join() -> None:
