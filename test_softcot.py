@@ -208,7 +208,7 @@ def ended_together(processes, command):
 
 
 # ------------------------------------------------------------------------------------------------
-# Densities and mixtures
+# Parts 1 and 2 of softcot.py: densities and mixtures
 # ------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +317,7 @@ def test_noise_has_the_stated_size():
 
 
 # ------------------------------------------------------------------------------------------------
-# Rollout
+# Parts 3 to 5, with what part 11 has for them: model, engine, rollout
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1027,7 +1027,7 @@ def test_answers_are_hard_tokens_in_every_mode(name):
 
 
 # ------------------------------------------------------------------------------------------------
-# Advantages, loss, gradient
+# Parts 6 and 7: advantages, loss, gradient
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1201,7 +1201,7 @@ def test_reinforce_on_soft_tokens_gives_the_gradient_of_the_smoothed_expected_re
 
 
 # ------------------------------------------------------------------------------------------------
-# Answers, rewards, data
+# Part 9: answers, rewards, data
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1403,7 +1403,7 @@ def test_toy_pretraining_text_is_what_the_tokenizer_reads():
 
 
 # ------------------------------------------------------------------------------------------------
-# The program
+# Parts 8, 10, 12 and 15: evaluation, models, files, the program
 # ------------------------------------------------------------------------------------------------
 
 
@@ -2758,7 +2758,7 @@ def test_the_solution_off_policy_updates_twice_and_sees_means_move(changed, monk
 
 
 # ------------------------------------------------------------------------------------------------
-# Runs that survive: kills, signals, full disks, bad numbers, bad input
+# Parts 12 and 14: runs that survive kills, signals, full disks, bad numbers, bad input
 # ------------------------------------------------------------------------------------------------
 
 
@@ -2862,7 +2862,7 @@ def test_a_full_disk_is_one_line_and_the_last_saved_state_stays(tiny_folder, tmp
 
 
 # ------------------------------------------------------------------------------------------------
-# What a user may do wrong, or do on another machine
+# Parts 10, 14 and 15: what a user may do wrong, or do on another machine
 # ------------------------------------------------------------------------------------------------
 
 
@@ -3218,7 +3218,7 @@ def test_no_number_picks_a_token_that_cannot_be():
 
 
 # ------------------------------------------------------------------------------------------------
-# Several processes
+# Part 13: several processes
 # ------------------------------------------------------------------------------------------------
 
 
