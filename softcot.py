@@ -752,17 +752,17 @@ def sampled(r: Rollout, rewards: np.ndarray) -> dict:
 
 
 def train_step(policy: Policy, problems: list[Problem], step: int, config: Config, optimizer,
-               look: int = 0) -> tuple[dict, Rollout, np.ndarray]:
+               shown: int = 0) -> tuple[dict, Rollout, np.ndarray]:
     """One step of the algorithm; returns its metrics, rollout [N rows] and rewards [B, G].
 
-    look: of so many rows the rollout gets the shadows, if they are soft or fuzzy."""
+    shown: of so many rows the rollout gets the shadows, if they are soft or fuzzy."""
     start = time.perf_counter()
     setting = settings_of(config)[f"{config.cot}_sample"]
     r, rewards = rewarded(policy, problems, config.samples, (config.seed, TRAINING, step), setting,
                           config.max_cot, config.max_answer, answer_tau=1.0)
     rolled = time.perf_counter()
     if r.cot.x is not None:  # before the weights change
-        r.shadows = tuple(policy.call(shadow, policy, r, n) for n in range(look))
+        r.shadows = tuple(policy.call(shadow, policy, r, n) for n in range(shown))
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [B*G]
     advantages = advantages[rank() :: processes()].to(policy.model.device)  # [N] of this process
@@ -832,11 +832,11 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         last = step + 1 == config.steps
         now = (step + 1) % every == 0 or last
         rows = config.prompts * config.samples // processes()
-        look = min(3, rows) if now or step == 0 else 0
-        metrics, r, rewards = train_step(policy, batch, step, config, optimizer, look)
+        shown = min(3, rows) if now or step == 0 else 0
+        metrics, r, rewards = train_step(policy, batch, step, config, optimizer, shown)
         append_jsonl(out / "metrics.jsonl", metrics)
         history.append(metrics)
-        for n in range(look):
+        for n in range(shown):
             problem = batch[n * processes() // config.samples]
             row = {"step": step + 1, "prompt": problem.prompt, "cot": r.cots[n]}
             row |= {"stopped": r.stopped[n], "answer": r.answers[n], "gold": problem.gold}
