@@ -331,6 +331,7 @@ class Engine:
         self.sigma = zeros(())
         self.hidden, self.E = None, None  # [N, H] of each row's last column; [V, D]
         self.buffers = {}  # by name: the fields of Step, [N, L, ...]; each phase is copied out
+        self.setting, self.kept = None, []  # of the phase; which fields of its steps are kept
         self.replays = {}  # recorded steps, by setting and shape
         self.weights = {}  # of linear layers in bf16, by name
         self.keys_and_values = []  # [N, heads, L, head size] each: Keys.update() makes and fills it
