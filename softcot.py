@@ -807,7 +807,8 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
         once = dict([*policy.model.named_parameters(), *policy.model.named_buffers()])
         weights = {name: w for name, w in weights.items() if name in once}  # a tied head is E
 
-        def save(folder: Path) -> None:  # an ordinary one, for from_pretrained()
+        def save(folder: Path) -> None:
+            """Make it an ordinary folder, for from_pretrained()."""
             policy.model.save_pretrained(folder, state_dict=weights)
             policy.tokenizer.save_pretrained(folder)
 
