@@ -1271,22 +1271,23 @@ def load_policy(config: Config, source: str) -> Policy:
         torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, enough and fast
         torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN: pytorch#196678
     errors = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-    errors += (TypeError, AttributeError, AssertionError)
+    errors += (TypeError, AttributeError, AssertionError, UserError)
     with explained(errors, f"--model {source} can't be used"):
-        assert not (Path(source) / "model").exists(), f"a run: did you mean {source}/model"
+        require(not (Path(source) / "model").exists(), f"a run: did you mean {source}/model")
         dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
         how = {"trust_remote_code": False}  # code in a folder is never run
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **how)
         policy = Policy(model.to(config.device).eval(), tokenizer, config.dtype == "bf16-mixed")
-        assert tokenizer.eos_token, "its tokenizer has no end-of-text token"
+        require(tokenizer.eos_token, "its tokenizer has no end-of-text token")
         added, V = tokenizer.added_tokens_decoder, model.get_input_embeddings().num_embeddings
         others = sum(id >= V and token.special for id, token in added.items())  # images, say
-        assert len(tokenizer) - others <= V, "its tokenizer is larger than it"
+        require(len(tokenizer) - others <= V, "its tokenizer is larger than it")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         again = policy.decode(tokenizer(STOP + BOX, add_special_tokens=False).input_ids)
-        assert STOP.strip() in again and BOX in again, f"its tokenizer loses {STOP!r} in {again!r}"
+        kept = STOP.strip() in again and BOX in again
+        require(kept, f"its tokenizer loses {STOP!r} in {again!r}")
         rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
         check_policy(policy, rounding.get(config.dtype, 1e-1))
     policy.engine = None
@@ -1295,7 +1296,7 @@ def load_policy(config: Config, source: str) -> Policy:
 
 @torch.no_grad()
 def check_policy(policy: Policy, close: float) -> None:
-    """Does the model compute what the method needs? AssertionError says what it does not.
+    """Does the model compute what the method needs? UserError says what it does not.
 
     Embeddings must say all that the model reads of a token; and mixtures of them, fed through the
     engine in two parts, in a row with a gap, must give what a plain pass over the row without its
@@ -1315,12 +1316,12 @@ def check_policy(policy: Policy, close: float) -> None:
         tokens = model(ids[None], use_cache=False).logits[0]
         mixtures = model(inputs_embeds=x[1:, real[1]], use_cache=False).logits[0]
         logits = torch.cat([tokens, mixtures]).float()  # [M, V]
-        assert logits.shape[-1] <= len(E), "the head knows tokens that have no embedding"
+        require(logits.shape[-1] <= len(E), "the head knows tokens that have no embedding")
         head = policy.head(hidden)
         factor = ((logits * head).sum() / head.square().sum()).item()
         policy.logit_scale = factor if abs(factor - 1) > close else 1.0
         error = (policy.head(hidden) - logits).abs().max() / logits.abs().max()
-        assert error <= close, f"logits differ by {error:.2g} of the largest"
+        require(error <= close, f"logits differ by {error:.2g} of the largest")
 
 
 # ---- 11. Speed and memory -----------------------------------------------------------------------
