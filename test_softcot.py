@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import resource
 import runpy
@@ -56,7 +57,8 @@ from transformers.modeling_outputs import BaseModelOutput
 import softcot
 import toy_tasks
 from notebooks import checks
-from results import answers, bench, choices, gpu, real_model, rounding, show, snr, walk, window
+from results import answers, bench, choices, gpu, real_model, real_sums, rounding, show, snr
+from results import walk, window
 from softcot import SETTINGS, Policy, Problem, Setting
 
 HERE = Path(__file__).parent
@@ -2148,6 +2150,39 @@ def test_the_rule_of_the_window_is_counted_on_runs_that_did_not_make_it(tmp_path
     printed = capsys.readouterr().out
     assert "2 of 2 runs like" in printed and "1 of 2 runs others" in printed and "(64, 0.1, 1)" in printed
     assert (tmp_path / "window.png").stat().st_size > 10000
+
+
+def test_a_pretrained_model_is_taught_to_add_with_the_toys_habit(tied_folder, tmp_path, monkeypatch):
+    """Replies are running totals that break off as often as the toy's; a tiny model learns from them."""
+    rng, seen = random.Random(1), {True: [], False: []}
+    for terms in toy_tasks.all_sums("toy")[:3000].tolist():
+        question, reply = real_sums.text(terms, rng)
+        thought, _, box = reply.partition(" The final answer is: \\boxed{")
+        given, totals = list(map(int, thought.split())), list(itertools.accumulate(terms))[1:]
+        assert question == "+".join(map(str, terms)) + "=" and box == f"{given[-1]}}}"
+        assert given == totals[: len(given)]
+        for i, total in enumerate(totals[:-1][: len(given)], 1):
+            seen[total % 5 == 0].append(i == len(given))
+    for round_number, chance in zip((True, False), toy_tasks.STOP["toy"]):
+        stops = seen[round_number]
+        assert abs(np.mean(stops) - chance) < 4 * (chance * (1 - chance) / len(stops)) ** 0.5
+
+    @torch.no_grad()
+    def loss(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        rng, losses = random.Random(2), []
+        for terms in toy_tasks.all_sums("toy")[:32].tolist():
+            ids = tokenizer("".join(real_sums.text(terms, rng)), return_tensors="pt").input_ids
+            losses.append(model(ids, labels=ids).loss.item())
+        return np.mean(losses)
+
+    for name, value in dict(STEPS=30, BATCH=8, LR=0.02).items():
+        monkeypatch.setattr(real_sums, name, value)
+    real_sums.main(str(tied_folder), str(tmp_path / "taught"))
+    assert loss(tmp_path / "taught") < loss(tied_folder) - 1.0
+    asked = {tuple(terms) for terms in toy_tasks.all_sums("toy")[: toy_tasks.TEST].tolist()}
+    assert asked.isdisjoint(map(tuple, toy_tasks.pool("toy").tolist()))
 
 
 def test_a_model_that_is_not_there_leaves_the_files_of_a_run_alone(tmp_path):

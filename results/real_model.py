@@ -170,7 +170,7 @@ def evaluation(policy: Policy, base: Policy, config: Config, given) -> dict:
         found = softcot.evaluate(policy, problems, SETTINGS[name], wide, given.eval_samples)
         scores[name] = {k: v for k, v in found.items() if k != "correct"}
         scores[name]["correct"] = found["correct"]
-    choice = "toy-walk" if config.task == "toy" else "hellaswag"
+    choice = "hellaswag" if config.model else "toy-walk"
     if given.choices:
         rows = choices.read_rows(choice, config.data_dir, given.choices)
         scores[choice] = choices.evaluate_choices(policy, choice, rows)
