@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import argparse, atexit, dataclasses, datetime, gc, json, math, os, re, shlex, shutil
 import signal, subprocess, sys, threading, time, weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from typing import Callable, Optional
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch import Tensor, distributed as dist, nn
@@ -136,7 +137,8 @@ def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
         return logits.argmax(-1)
     cdf = torch.softmax(logits.float() / tau, dim=-1).cumsum(-1)
     u = u.unsqueeze(-1) * cdf[:, -1:] * (1 - 1e-6)  # rounding must not reach past the last token
-    return torch.searchsorted(cdf, u, right=True).squeeze(-1)
+    token = torch.searchsorted(cdf, u, right=True).squeeze(-1)
+    return token.clamp(max=logits.shape[-1] - 1)  # of NaN: the step will be skipped
 
 
 @dataclass
@@ -556,7 +558,7 @@ def generate(engine: Engine, setting: Setting, limit: int, is_done: Callable[[st
     T = max(length)
     fields = {name: engine.buffers[name][:N, first : first + T].clone() for name in engine.kept}
     for name in ("ids", "logp", "entropy"):
-        fields[name] *= mask[:, :T]
+        fields[name] = fields[name].masked_fill(~mask[:, :T], 0)  # not by * : 0 times NaN is NaN
     return Phase(**fields, mask=mask[:, :T]), [is_done(text) for text in texts]
 
 
@@ -772,18 +774,19 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
         fit = policy_gradient(policy, r, advantages, config.micro_batch)
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
     lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
-    skipped = not math.isfinite(norm + fit["loss"])
+    figures = sampled(r, rewards)
+    nats = figures["cot_entropy"]  # of a diverged model this alone is NaN: no reward differs
+    skipped = not math.isfinite(norm + fit["loss"] + nats)
     if skipped:
-        ids = [problem.id for problem in problems]
-        tqdm.write(f"step {step + 1} skipped: loss {fit['loss']}, gradient {norm}; prompts {ids}")
+        ids, what = [p.id for p in problems], f"loss {fit['loss']}, gradient {norm}, entropy {nats}"
+        tqdm.write(f"step {step + 1} skipped: {what}; prompts {ids}")
     else:
         torch.manual_seed(row_seeds([(config.seed, ROUNDING, step)]).item())  # of AdamW16's
         optimizer.step()
     optimizer.zero_grad()
-    figures = sampled(r, rewards)
     metrics = {
         "step": step + 1, **figures, **fit, "grad_norm": norm, "lr": lr, "skipped": skipped,
-        "grader_timeouts": GRADER.timeouts,
+        "grader_timeouts": sum(gather(GRADER.timeouts)),
         "rollout_s": rolled - start, "train_s": time.perf_counter() - rolled,
         "tokens_per_s": figures["tokens"] / (rolled - start),
     }  # fmt: skip
@@ -899,7 +902,7 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
         stopped += sum(r.stopped)
         T = r.cot.ids.shape[1]
         reached[:T] += r.cot.mask.sum(0).cpu().numpy()
-        nats[:T] += r.cot.entropy.double().sum(0).cpu().numpy()
+        nats[:T] += r.cot.entropy.cpu().double().sum(0).numpy()  # mps has no float64
     stopped, reached, nats = (sum(x) for x in zip(*gather((stopped, reached, nats))))
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
     passed = {str(k): [pass_at_k(n, c, k) for c in counts] for k in ks}
@@ -923,8 +926,9 @@ def evaluate_all(policy: Policy, config: Config, tests: dict, stage: str) -> dic
     path = Path(config.out_dir) / "eval.json"
     rows, figures = json.loads(path.read_bytes()) if path.exists() else [], {}
     records = {(row["stage"], row["task"], row["setting"]): row for row in rows}
-    bits = (w.detach().float().view(torch.int32) for w in policy.model.parameters())
-    weights = sum(x.sum().item() for x in bits)  # exact: the same for any number of threads
+    bits = (own_share(w.detach()).float().view(torch.int32) for w in policy.model.parameters())
+    # exact: the same for any number of threads; a process sees its share, and adds up that
+    weights = sum(gather(sum(x.sum().item() for x in bits)))
     for task, problems in tests.items():
         print(f"\n{stage}, {task}, {config.eval_k} samples of each problem:")
         print("setting         pass@1  +-     pass@n    n  CoT len  stop  entropy")
@@ -1038,14 +1042,18 @@ class Grader:
             return True
         if self.process is None or self.process.poll() is not None:
             self.start()
-        timer = threading.Timer(self.limit, self.process.kill)
+        verdict, timer = "", threading.Timer(self.limit, self.process.kill)
         timer.start()
-        print(json.dumps([answer, gold]), file=self.process.stdin, flush=True)
-        verdict = self.process.stdout.readline()
-        timer.cancel()
-        if not verdict:  # it was killed
-            self.process.wait()
-            self.timeouts += 1
+        try:
+            with suppress(BrokenPipeError):  # killed just now
+                print(json.dumps([answer, gold]), file=self.process.stdin, flush=True)
+                verdict = self.process.stdout.readline()
+        finally:
+            timer.cancel()
+            if not verdict:  # it is killed, or Ctrl-C came: its verdict must not be the next one's
+                self.process.kill()
+                self.process.wait()
+                self.timeouts += 1
         return verdict == "true\n"
 
     def start(self) -> None:
@@ -1072,8 +1080,9 @@ AROUND = (  # what is said around a number, as (pattern, what it becomes), in th
     (r"(?i)^[a-z' ]*(?:\bis|\bare|:) +", ""),  # the answer is 18
     (r"(?i)^(?:-|minus\b|negative\b) *", "-"),
     (r"(?i)(?<=[\d}.])(?:\\[,;: ]|~| )*(?:\\(?:text|math|mbox)[a-z]* *\{|(?<= ))(?!\D*\b(?:half|pi|"
-     r"dozen|(?:hundred|thousand|[a-z]+illion)(?:th)?|third|quarter|squared|cubed|plus|minus|times|"
-     r"or|and|to|[eiknxyz])s?\b)[ ~]*[a-z][a-z'./²³ -]*\}?(?:\^\{?\d\}?)?$", ""),  # a unit
+     r"dozen|(?:ten|hundred|thousand|[a-z]+illion)(?:th)?|third|quarter|squared|cubed|factorial|"
+     r"plus|minus|times|divided|over|or|and|to|[eiknxyz])s?\b)"
+     r"[ ~]*[a-z][a-z'./²³ -]*\}?(?:\^\{?\d\}?)?$", ""),  # a unit
 )  # fmt: skip
 ASK = r"(?=.*[/^\\])(?![/^]|.*(?:\d +\d|/$))(?:[\d. /^{}]|(?<![\d} -])-"  # for Math-Verify
 ASK += r"|\\[dt]?frac(?= *[\d{])|\\text|\\circ|\\(?:times|cdot)(?= *10 *\^))*"
@@ -1270,9 +1279,11 @@ def load_policy(config: Config, source: str) -> Policy:
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, enough and fast
         torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN: pytorch#196678
+        if ":" in config.device:  # streams and graphs are made on the current one
+            torch.cuda.set_device(config.device)
     errors = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-    errors += (TypeError, AttributeError, AssertionError, UserError)
-    with explained(errors, f"--model {source} can't be used"):
+    errors += (TypeError, AttributeError, AssertionError, ZeroDivisionError, StrictDataclassError)
+    with explained((*errors, UserError), f"--model {source} can't be used"):
         require(not (Path(source) / "model").exists(), f"a run: did you mean {source}/model")
         dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
         how = {"trust_remote_code": False}  # code in a folder is never run
@@ -1412,14 +1423,13 @@ class AdamW16(torch.optim.AdamW):
         """Update weights that have a gradient, one by one: few fp32 copies live at a time."""
         (group,) = self.param_groups
         beta1, beta2 = group["betas"]
-        own = lambda x: x.to_local() if isinstance(x, DTensor) else x  # this process's share
         for w in (w for w in group["params"] if w.grad is not None):
             state = self.state[w]
-            rounded = [own(x) for x in (w, state["exp_avg"], state["exp_avg_sq"])]
+            rounded = [own_share(x) for x in (w, state["exp_avg"], state["exp_avg_sq"])]
             exact, m, v = (x.float() for x in rounded)
-            adamw([exact], [own(w.grad).float()], [m], [v], [], [state["step"]], beta1=beta1,
-                  beta2=beta2, lr=group["lr"], eps=group["eps"], weight_decay=0.0, amsgrad=False,
-                  maximize=False)
+            adamw([exact], [own_share(w.grad).float()], [m], [v], [], [state["step"]],
+                  beta1=beta1, beta2=beta2, lr=group["lr"], eps=group["eps"], weight_decay=0.0,
+                  amsgrad=False, maximize=False)
             for old, new in zip(rounded, (exact, m, v)):
                 old.copy_(round_by_chance(new))
 
@@ -1550,6 +1560,11 @@ def gather(x) -> list:
     return every
 
 
+def own_share(x: Tensor) -> Tensor:
+    """What this process has of a tensor that FSDP2 may have split."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def progress(what: str, items, unit: str) -> tqdm:
     """A bar for what may take long: shown after five seconds, and by one process alone."""
     return tqdm(items, desc=what, unit=unit, leave=False, delay=5, disable=rank() > 0)
@@ -1558,7 +1573,9 @@ def progress(what: str, items, unit: str) -> tqdm:
 def join() -> None:
     """Join the other processes that torchrun started; rank 0 alone is heard on the screen."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        require(local < gpus, f"torchrun started more processes than the {gpus} GPUs there are")
+        torch.cuda.set_device(local)  # what "cuda" means from now on
     dist.init_process_group(timeout=datetime.timedelta(hours=2))
     # a thread of gloo's that still holds a tensor as Python ends would abort it: pytorch#179291
     atexit.register(dist.destroy_process_group)
@@ -1684,6 +1701,7 @@ class Config:
             if type(value) is int:
                 low = {"samples": 2, "warmup": 0, "seed": 0, "eval_limit": 0}.get(name, 1)
                 require(value >= low, f"{flag(name)} {value} is too small: give {low} or more")
+                require(value < 2**31, f"{flag(name)} {value} is too large")
             if type(value) is float:
                 require(0 < value < math.inf, f"{flag(name)} {value}: give a positive number")
         task = f"--task {self.task}"
@@ -1842,6 +1860,8 @@ def main(arguments: list[str]) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
+        if "RANK" in os.environ and not dist.is_initialized():  # torchrun started this process
+            join()
         print(run(parse(arguments)))
     except UserError as error:
         if os.environ.get("SOFTCOT_DEBUG"):  # mistakes have their tracebacks then
@@ -1857,8 +1877,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:  # torchrun started this process
-        join()
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -1284,6 +1284,28 @@ def test_no_answer_can_hang_the_grader_and_a_dead_one_is_replaced():
     assert os.getpgid(grader.process.pid) != os.getpgrp()
 
 
+def test_a_verdict_that_nobody_waited_for_is_not_taken_for_the_next_one():
+    """After Ctrl-C in a notebook, and when the process is killed just before it is asked."""
+    grader = softcot.Grader()
+    assert grader.equal("1+1", "2")
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+    grader.process.stdout = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        grader.equal("1/2", "0.6")
+    assert grader.equal("1/4", "0.25") and not grader.equal("1/8", "0.126")
+    grader.process.kill()
+    while Path(f"/proc/{grader.process.pid}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)
+    seen = iter([None])  # not yet known to be dead
+    grader.process.poll = lambda: next(seen, -9)
+    assert not grader.equal("1/8", "0.125") and grader.timeouts == 2
+    assert grader.equal("1/8", "0.125")
+
+
 def test_gold_answers_are_found_in_the_rows_of_every_data_set():
     assert softcot.gold_answer({"answer": "So 3*4=12.\n#### 1,200"}) == "1,200"
     solution = r"First \boxed{1}, so the answer is \boxed{\frac{a}{b}}."
@@ -1581,6 +1603,34 @@ def test_a_process_without_a_row_has_none(monkeypatch):
     assert rewards.tolist() == [[100.0]] and r.cots == [] and r.cot.mask.sum() == 0
 
 
+def test_an_evaluation_asks_the_device_for_no_float64(monkeypatch):
+    """A Mac's GPU has none."""
+    policy, config = tiny_policy("llama"), softcot.filled(softcot.Config())
+    real = softcot.rewarded
+
+    def rewarded(*how, **more):
+        r, rewards = real(*how, **more)
+        whole = r.cot.entropy
+        r.cot.entropy = types.SimpleNamespace(cpu=lambda: whole)
+        return r, rewards
+
+    monkeypatch.setattr(softcot, "rewarded", rewarded)
+    problems = [Problem(0, PROMPTS[0], "1", lambda *_: False)]
+    config = dataclasses.replace(config, eval_max_cot=4)
+    scores = softcot.evaluate(policy, problems, SETTINGS["hard_greedy"], config, 1)
+    assert scores["cot_entropy"] > 0
+
+
+@pytest.mark.parametrize("wrong", [{"rms_norm_eps": "1e-6"}, {"num_attention_heads": 0}, {"num_attention_heads": 5}])
+def test_a_model_whose_config_is_wrong_is_one_line(wrong, tiny_folder, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = read_json(folder / "config.json") | wrong
+    (folder / "config.json").write_text(json.dumps(config))
+    line = one_line_error(capsys, ["--model", str(folder), "--out-dir", str(tmp_path / "out")])
+    assert f"--model {folder} can't be used" in line
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_tokens_without_an_embedding_are_refused_unless_no_text_has_them(
     special, tiny_folder, tmp_path, capsys
@@ -1658,6 +1708,7 @@ def one_line_error(capsys, arguments, progress=False):
         ("--task gsm8k", "--model"),
         ("--samples 1", "--samples 1"),
         ("--steps 0", "--steps 0"),
+        ("--seed 9223372036854775808", "too large"),
         ("--micro-batch 0", "--micro-batch 0"),
         ("--lr -1", "--lr -1"),
         ("--lr nan", "--lr nan"),
@@ -3359,6 +3410,12 @@ def test_several_processes_train_soft_tokens(tied_folder, tmp_path):
     assert softcot.main(command_of(tied_folder, one, *more)[1:]) == 0
     ended = ended_together(2, command_of(tied_folder, two, *more))
     assert [done.returncode for done in ended] == [0, 0], ended
+    evaluated = [read_json(folder / "eval.json") for folder in (one, two)]
+    base = [[row["weights"] for row in rows if row["stage"] == "base"] for rows in evaluated]
+    assert base[0] == base[1]  # each process knows its share of the weights
+    again = ended_together(2, command_of(tied_folder, two, *more, "--resume"))  # evaluates nothing
+    assert [done.returncode for done in again] == [0, 0], again
+    assert read_json(two / "eval.json") == evaluated[1]
     states = [torch.load(f / "state.pt", weights_only=True) for f in (one, two)]
     for a, b in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
         assert (a["exp_avg"] - b["exp_avg"]).norm() < 0.005 * a["exp_avg"].norm()
@@ -3383,6 +3440,14 @@ def test_several_processes_train_bf16_weights(tied_folder, tmp_path):
         moves = [(state[name].float() - weight.float()) for state in states]
         assert all(move.abs().max() > 0 for move in moves)  # rounded by chance, so not equal
         assert moves[0].mean().item() == pytest.approx(moves[1].mean().item(), abs=2e-3)
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "more processes than the 1 GPUs" in one_line_error(capsys, [])
 
 
 def test_several_processes_part_before_python_ends(tmp_path):
@@ -3442,6 +3507,29 @@ def poisoned(patch, steps):
         return real(rewards) + (math.nan if len(calls) in steps else 0)
 
     patch.setattr(softcot, "rloo_advantages", advantages)
+
+
+def test_a_model_that_has_diverged_is_named_by_its_gradient(tiny_folder, tmp_path, capsys):
+    """Its logits are NaN, from which tokens are sampled all the same."""
+    nan = torch.full((3, 7), math.nan)
+    assert softcot.sample_token(nan, 1.0, torch.tensor([0.1, 0.5, 0.9])).max() < 7
+    for mode in ("hard", "soft"):
+        more = ["--cot", mode, "--lr", "1e30", "--steps", "12", "--eval-limit", "0"]
+        assert tiny_run(tiny_folder, tmp_path / mode, *more) == 2
+        assert "ten steps in a row had no finite gradient" in capsys.readouterr().err
+
+
+def test_what_a_diverged_rollout_left_behind_is_not_seen_by_the_next():
+    policy = tiny_policy("llama")
+    policy.end_ids = set(range(0, 1000, 3))  # a third of all tokens: rows leave the batch early
+    want = sample(policy, SETTINGS["hard_sample"])
+    for buffer in policy.engine.buffers.values():
+        if buffer.is_floating_point():
+            buffer.fill_(math.nan)
+    r = sample(policy, SETTINGS["hard_sample"])
+    assert len(set(want.cot.mask.sum(1).tolist())) > 2
+    for ours, theirs in ((r.cot.entropy, want.cot.entropy), (r.cot.logp, want.cot.logp)):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_step_without_finite_gradient_is_skipped_and_named(tiny_folder, tmp_path, capsys):
