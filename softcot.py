@@ -340,10 +340,8 @@ class Engine:
         text = policy.model.config.get_text_config()
         layers = [Keys(self) for _ in range(text.num_hidden_layers)]
         self.cache = transformers.cache_utils.Cache(layers=layers)
-        # no recording where FSDP2 moves the weights, or a mixture of experts waits for the host
+        # memory and stream that all recorded steps share; none where FSDP2 moves the weights
         record = policy.model.device.type == "cuda" and not dist.is_initialized()
-        record = record and not any("expert" in name for name in vars(text))
-        # memory and stream that all recorded steps share
         self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if record else ()
 
     def restart(self) -> None:
@@ -436,7 +434,7 @@ class Engine:
 class Phase(Step):
     """The T positions of a CoT or an answer of N rows: what a Step has, each [N, T, ...]."""
 
-    mask: Tensor  # [N, T] True on real tokens; behind a row's end x and eps are anything
+    mask: Tensor  # [N, T] True on real tokens; behind a row's end all other fields are 0
 
     def tokens(self) -> list[list[int]]:
         """The real ids of each row."""
@@ -556,9 +554,10 @@ def generate(engine: Engine, setting: Setting, limit: int, is_done: Callable[[st
     mask = columns < torch.tensor(length, device=device)[:, None]  # [N, T and more]
     engine.real[:N, first : engine.filled] = mask
     T = max(length)
-    fields = {name: engine.buffers[name][:N, first : first + T].clone() for name in engine.kept}
-    for name in ("ids", "logp", "entropy"):
-        fields[name] = fields[name].masked_fill(~mask[:, :T], 0)  # not by * : 0 times NaN is NaN
+    fields = {name: engine.buffers[name][:N, first : first + T] for name in engine.kept}
+    for name, value in fields.items():  # not by * : 0 times NaN is NaN
+        ended = ~mask[:, :T].view(N, T, *[1] * (value.dim() - 2))
+        fields[name] = value.masked_fill(ended, 0)
     return Phase(**fields, mask=mask[:, :T]), [is_done(text) for text in texts]
 
 
@@ -986,7 +985,7 @@ name_in = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]").search  # a letter that is in n
 def same(answer, gold):
     gold, _, tolerance = gold.partition(" within ")
     a, g = read(answer), read(gold)
-    sides = re.split(r"[<>≤≥]|\\[lg]eq?(?![a-z])", answer)
+    sides = re.split(r"[<>\u2264\u2265]|\\[lg]eq?(?![a-z])", answer)  # as -c is not always UTF-8
     named = [side.strip() for side in sides if name_in(side)]
     solved = len(named) == 1 and len(named[0]) == 1  # 0 < x < 1 may be (0,1), but not x^2 < x
     if not verify(g, a, allow_set_relation_comp=solved, timeout_seconds=None):
@@ -1294,8 +1293,10 @@ def load_policy(config: Config, source: str) -> Policy:
         added, V = tokenizer.added_tokens_decoder, model.get_input_embeddings().num_embeddings
         others = sum(id >= V and token.special for id, token in added.items())  # images, say
         require(len(tokenizer) - others <= V, "its tokenizer is larger than it")
-        if tokenizer.pad_token_id is None:
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= V:
             tokenizer.pad_token = tokenizer.eos_token
+        if not model.generation_config.do_sample:  # else older transformers refuse to save them
+            model.generation_config.update(temperature=None, top_p=None, top_k=None)
         again = policy.decode(tokenizer(STOP + BOX, add_special_tokens=False).input_ids)
         kept = STOP.strip() in again and BOX in again
         require(kept, f"its tokenizer loses {STOP!r} in {again!r}")
@@ -1363,12 +1364,25 @@ def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
     """Run a step on a GPU and record it as a CUDA graph; what to call for it from then on.
 
     A step of decoding is a thousand small kernels, which take longer to launch than to run. It is
-    run on the side stream, as recording wants it, and what is made once is made by that."""
+    run on the side stream, as recording wants it, and what is made once is made by that. A step
+    that waits for the host (some mixtures of experts do) can't be recorded."""
     graph = torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            step()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        tqdm.write("decoding is slow: a step of this model waits for the host, is not replayed")
+        graph = None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
+    if graph is None:
+        step()  # again, from its start: it broke off before it counted itself
+        return step
     with torch.cuda.graph(graph, pool=pool, stream=side):
         step()  # nothing is computed here
     return graph.replay
@@ -1659,6 +1673,9 @@ def stopping() -> bool:
 # ---- 15. Configuration and main -----------------------------------------------------------------
 # One flag a field; what is left out is filled in from the task, the mode and the machine.
 
+THREADS = torch.get_num_threads()  # before a run of a notebook's sets another number
+
+
 def option(default, text: str, **how):
     """A Config field: its default, the text of --help, and what else argparse is to know."""
     return dataclasses.field(default=default, metadata={"help": text, **how})
@@ -1747,7 +1764,7 @@ def filled(config: Config) -> Config:
         "device": device,
         "dtype": "bf16-mixed" if bf16 else "fp32",
         # threads wait for each other: for so small a model two are slower on a busy machine
-        "threads": 1 if config.model is None else torch.get_num_threads(),
+        "threads": 1 if config.model is None else THREADS,
     }
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)

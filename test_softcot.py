@@ -763,8 +763,10 @@ class Recorder:
     def __init__(self, patch):
         self.recording, self.runs = None, []
         self.stream = types.SimpleNamespace(wait_stream=lambda _: None)
+        self.strict = "default"
         for name, value in {
             "current_stream": lambda: self.stream, "CUDAGraph": self.new,
+            "set_sync_debug_mode": lambda mode: setattr(self, "strict", mode),
             "stream": lambda _: contextlib.nullcontext(), "graph": self.graph,
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)
@@ -781,12 +783,54 @@ class Recorder:
 
 def test_a_step_is_run_once_then_recorded_and_replayed(monkeypatch):
     recorder = Recorder(monkeypatch)
-    step = lambda: recorder.runs.append("recorded" if recorder.recording else "run")
+    step = lambda: recorder.runs.append("recorded" if recorder.recording else recorder.strict)
     replay = softcot.run_and_record(step, None, recorder.stream)
-    assert recorder.runs == ["run", "recorded"]
+    assert recorder.runs == ["error", "recorded"]
     for _ in range(3):
         replay()
-    assert recorder.runs == ["run", "recorded", "replayed", "replayed", "replayed"]
+    assert recorder.runs == ["error", "recorded", "replayed", "replayed", "replayed"]
+    assert recorder.strict == "default"
+
+
+def test_a_step_that_waits_for_the_host_is_run_as_it_is(monkeypatch, capsys):
+    recorder = Recorder(monkeypatch)
+
+    def step():
+        if recorder.strict == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        recorder.runs.append("run")
+
+    again = softcot.run_and_record(step, None, recorder.stream)
+    assert recorder.runs == ["run"]
+    for _ in range(2):
+        again()
+    assert recorder.runs == ["run"] * 3 and capsys.readouterr().out.count("not replayed") == 1
+    failing = lambda: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        softcot.run_and_record(failing, None, recorder.stream)
+    assert recorder.strict == "default"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_recorded_on_every_gpu_of_one_process(kind, monkeypatch):
+    """An engine that believes to be on a GPU hands its first step of each shape to run_and_record()."""
+    policy, recorded = tiny_policy(kind), []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "stream")
+    monkeypatch.setattr(softcot, "run_and_record",
+                        lambda step, *shared: step() or recorded.append(shared) or step)  # fmt: skip
+    want = sample(policy, SETTINGS["soft_sample"])
+    zeros = torch.zeros
+    on_gpu = types.SimpleNamespace(type="cuda")
+    gpu_model = types.SimpleNamespace(device=on_gpu, config=policy.model.config)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: zeros(*shape, **how))
+    engine = softcot.Engine(dataclasses.replace(policy, model=gpu_model), 6, 128)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert engine.graphs == ("pool", "stream")
+    policy.engine, engine.policy = engine, policy
+    r = sample(policy, SETTINGS["soft_sample"])
+    assert recorded == [("pool", "stream")] * len(engine.replays) and len(recorded) >= 2
+    assert r.cots == want.cots and r.answers == want.answers
 
 
 def test_a_micro_batch_is_as_large_as_the_memory_allows(monkeypatch):
@@ -3519,17 +3563,40 @@ def test_a_model_that_has_diverged_is_named_by_its_gradient(tiny_folder, tmp_pat
         assert "ten steps in a row had no finite gradient" in capsys.readouterr().err
 
 
-def test_what_a_diverged_rollout_left_behind_is_not_seen_by_the_next():
+@pytest.mark.parametrize("name", ["hard_sample", "soft_sample"])
+def test_what_a_diverged_rollout_left_behind_is_not_seen_by_the_next(name):
     policy = tiny_policy("llama")
     policy.end_ids = set(range(0, 1000, 3))  # a third of all tokens: rows leave the batch early
-    want = sample(policy, SETTINGS["hard_sample"])
+    want = sample(policy, SETTINGS[name])
     for buffer in policy.engine.buffers.values():
         if buffer.is_floating_point():
             buffer.fill_(math.nan)
-    r = sample(policy, SETTINGS["hard_sample"])
+    r = sample(policy, SETTINGS[name])
     assert len(set(want.cot.mask.sum(1).tolist())) > 2
-    for ours, theirs in ((r.cot.entropy, want.cot.entropy), (r.cot.logp, want.cot.logp)):
-        assert torch.equal(ours, theirs)
+    for field in ("entropy", "logp", "x", "eps"):
+        ours, theirs = getattr(r.cot, field), getattr(want.cot, field)
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+def test_a_pad_token_without_an_embedding_is_replaced(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    V = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<beyond>"})
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"temperature": 0.9, "top_p": 0.6}))
+    policy = softcot.load_policy(softcot.filled(softcot.Config()), str(folder))
+    assert policy.tokenize(["1+2=", "1+2+3+4="])[0].max() < V
+    policy.model.save_pretrained(tmp_path / "again")  # older transformers refuse a temperature unused
+
+
+def test_a_real_model_has_all_threads_also_after_the_toy(monkeypatch):
+    monkeypatch.setattr(softcot, "THREADS", 7)
+    before = torch.get_num_threads()
+    assert softcot.filled(softcot.Config(model="any")).threads == 7
+    assert softcot.filled(softcot.Config()).threads == 1 and torch.get_num_threads() == before
 
 
 def test_a_step_without_finite_gradient_is_skipped_and_named(tiny_folder, tmp_path, capsys):

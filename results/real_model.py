@@ -7,7 +7,7 @@
 Other flags are those of softcot.py. Training questions are those that the base solves in 10 to 90 %
 of hard samples (OUT/questions.json). Then, in this order, from one base with one seed: soft tokens
 with the noise --noise, hard ones, --noise with the answers' score alone, with both scores whose
-gradients are clipped apart, with rewards that are another sample's (nothing can be learnt: what
+gradients are clipped apart, with rewards that are another prompt's (nothing can be learnt: what
 does noise alone do?), 0.33, fuzzy, --noise with the CoT's score alone. Each is evaluated at
 steps 0, 25, 50, 100, ... on the first test problems: hard greedy and hard sampling, a multiple
 choice, and the distance from the base (KL of next tokens on worked solutions). What is there
@@ -72,7 +72,7 @@ class Clock:
 def score_of(which: str):
     """Train with the log-probabilities of "both", of "cot" or "answers" alone, or of both "apart".
 
-    shuffled: of both, with another sample's reward, so that the gradient is nothing but noise."""
+    shuffled: of both, with another prompt's rewards, so that the gradient is nothing but noise."""
     real = softcot.log_probs, softcot.policy_gradient, softcot.rloo_advantages
 
     def some(policy, r):
@@ -99,7 +99,7 @@ def score_of(which: str):
     if which == "apart":
         softcot.policy_gradient = apart
     elif which == "shuffled":
-        softcot.rloo_advantages = lambda rewards: real[2](rewards.flip(1))
+        softcot.rloo_advantages = lambda rewards: real[2](rewards.roll(1, 0))
     else:
         softcot.log_probs = some
     try:
@@ -113,8 +113,9 @@ def questions(policy: Policy, config: Config, out: Path, count: int) -> list[sof
     problems = softcot.fitting(policy, softcot.load_problems(config, config.task, "train"), config)
     file = out / "questions.json"
     if file.exists():
-        model = json.loads(file.read_bytes())["model"]
-        softcot.require(model == config.model, f"{file} is of another model, {model}: another OUT")
+        known = json.loads(file.read_bytes())
+        same = known["model"] == config.model and known["task"] == config.task
+        softcot.require(same, f"{file} is of {known['model']} and {known['task']}: take another OUT")
     else:
         chosen, size = [], max(1, ROWS // TRIES)
         how = (SETTINGS["hard_sample"], config.max_cot, config.max_answer, 1.0)
@@ -124,39 +125,44 @@ def questions(policy: Policy, config: Config, out: Path, count: int) -> list[sof
             share = (rewards == 100).mean(axis=1)
             chosen += [p.id for p, s in zip(some, share) if 0.1 <= s <= 0.9]
         tried = min(count, len(problems))
-        softcot.write_json(file, {"model": config.model, "of": tried, "ids": chosen})
+        softcot.write_json(file, {"model": config.model, "task": config.task, "of": tried, "ids": chosen})
     known = json.loads(file.read_bytes())
     ids = set(known["ids"])
     print(f"{len(ids)} of {known['of']} training questions are solved in 10 to 90 % of samples")
     return [problem for problem in problems if problem.id in ids]
 
 
-def solutions(config: Config) -> list[str]:
-    """Worked solutions of test problems, as the model would write them."""
+def solutions(config: Config) -> list[tuple[str, str]]:
+    """Prompts and worked solutions of test problems, as the model would write them."""
     rows = softcot.read_rows(config, config.task, "test")[:TEXTS]
     if config.task == "toy":
         sums = [[int(n) for n in row["question"][:-1].split("+")] for row in rows]
         totals = [" ".join(map(str, np.cumsum(terms)[1:])) for terms in sums]
-        return [f"{r['question']}{t} {softcot.STOP}{softcot.BOX}{r['answer']}}}" for r, t in zip(rows, totals)]
+        return [(row["question"], f"{thought} {softcot.STOP}{softcot.BOX}{row['answer']}}}")
+                for row, thought in zip(rows, totals)]  # fmt: skip
     prompt = softcot.task_named(config.task).prompt
     texts = []
     for row in rows:
-        solution = row["solution"] if "solution" in row else row["answer"]
+        solution = str(row["solution"] if "solution" in row else row["answer"])
         solution = re.sub("<<.*?>>", "", solution).partition("####")[0].strip()  # marks of GSM8K
-        texts.append(f"{prompt.replace('QUESTION', row.get('question', row.get('problem')))} {solution}")
+        texts.append((prompt.replace("QUESTION", row.get("question", row.get("problem"))), f" {solution}"))
     return texts
 
 
 @torch.no_grad()
-def distance(base: Policy, policy: Policy, texts: list[str]) -> float:
-    """Mean KL(base || policy) of the next token over the tokens of texts, in nats."""
+def distance(base: Policy, policy: Policy, texts: list[tuple[str, str]]) -> float:
+    """Mean KL(base || policy) of the next token over the tokens of the solutions, in nats.
+
+    texts: prompts, of whose own tokens nobody asks, and solutions."""
     total, count = 0.0, 0
-    for text in texts:
-        ids, _ = base.tokenize([text])
+    for prompt, solution in texts:
+        first = base.tokenize([prompt])[0].shape[1]
+        ids, _ = base.tokenize([prompt + solution])
         with policy.arithmetic():
-            p, q = (torch.log_softmax(m.model(ids).logits.float(), -1) for m in (base, policy))
+            hidden = (m.model.base_model(ids).last_hidden_state[:, first - 1 : -1] for m in (base, policy))
+            p, q = (torch.log_softmax(m.head(h), -1) for m, h in zip((base, policy), hidden))
         total += (p.exp() * (p - q)).sum().item()
-        count += ids.shape[1]
+        count += p.shape[1]
     return total / count
 
 
@@ -184,8 +190,12 @@ def train_run(name: str, given, flags: list[str], out: Path, clock: Clock, base:
     noise = [] if mode == "hard" else ["--sigma-scale", str(noise or given.noise)]
     config = softcot.filled(softcot.parse([*flags, "--cot", mode, *noise]))
     key = {"run": name, "seed": config.seed, "lr": config.lr, "noise": config.sigma_scale}
-    key |= {k: getattr(config, k) for k in ("model", "prompts", "samples", "max_cot", "steps")}
+    key |= {k: getattr(config, k) for k in ("prompts", "samples", "steps")}
+    asked = {k: getattr(config, k) for k in ("model", "task", "max_cot", "eval_max_cot")}
+    asked |= {"problems": given.problems, "eval_samples": given.eval_samples}  # the same for a base
     label = f"{name}-noise{config.sigma_scale or 0:g}-s{config.seed}-lr{config.lr:g}"
+    label += f"-{config.prompts}x{config.samples}-T{config.max_cot}-n{config.steps}"
+    key |= asked
     records, metrics, state = out / "records.jsonl", out / f"{label}.jsonl", out / f"{label}.pt"
     seen = [row for row in softcot.read_log(records) if key.items() <= row.items()]
     if any(row["step"] == config.steps for row in seen):
@@ -205,7 +215,8 @@ def train_run(name: str, given, flags: list[str], out: Path, clock: Clock, base:
                 if step in CHECKS or step == config.steps:
                     clock.need(slowest["evaluation"])
                     if not any(row["step"] == step for row in seen):
-                        of_base = [row for row in softcot.read_log(records) if row["step"] == step == 0]
+                        of_base = [row for row in softcot.read_log(records)
+                                   if row["step"] == step == 0 and asked.items() <= row.items()]  # fmt: skip
                         if of_base:
                             scores = of_base[0]
                         else:
@@ -246,20 +257,29 @@ def figures(row: dict) -> dict[str, float]:
     }  # fmt: skip
 
 
+def kind(row: dict) -> tuple:
+    """All but the seed that tells a run from others: its name first, its learning rate last."""
+    return tuple(row.get(k) for k in ("run", "noise", "max_cot", "steps", "prompts", "samples", "lr"))
+
+
 def means(rows: list[dict]) -> None:
-    """Print the last checkpoint of each run and the base: mean and deviation over seeds."""
-    last = {(row["run"], row["lr"]): row["step"] for row in sorted(rows, key=lambda r: r["step"])}
+    """Print the last checkpoint of each kind of run and the base: mean and deviation over seeds."""
     names = list(figures(rows[0]))
-    print(f"\n| run | step | seeds | lr | {' | '.join(names)} |\n|{'---|' * (4 + len(names))}")
-    base = (rows[0]["run"], rows[0]["lr"], 0)
-    for run in [base, *((*run, step) for run, step in last.items())]:
-        some = [figures(row) for row in rows if (row["run"], row["lr"], row["step"]) == run]
-        values = np.array([list(f.values()) for f in some])
+    print(f"\n| run | noise | B x G | lr | step | seeds | {' | '.join(names)} |\n|{'---|' * (6 + len(names))}")
+    trained = [row for row in rows if row["step"]]
+    # one evaluation of the base is copied to all runs
+    groups = {("base", 0): list({str(row["hard_sample"]["correct"]): row for row in rows if not row["step"]}.values())}
+    for one in dict.fromkeys(map(kind, trained)):
+        last = max(row["step"] for row in trained if kind(row) == one)
+        groups[one, last] = [row for row in trained if kind(row) == one and row["step"] == last]
+    for (one, step), some in groups.items():
+        values = np.array([list(figures(row).values()) for row in some])
         texts = [f"{mean:.3f}" for mean in values.mean(axis=0)]
         if len(some) > 1:
             texts = [f"{text} ± {sd:.3f}" for text, sd in zip(texts, values.std(axis=0, ddof=1))]
-        name = run[0] if run[2] else "base"
-        print(f"| {name} | {run[2]} | {len(some)} | {run[1]:g} | {' | '.join(texts)} |")
+        run, noise, _, _, B, G, lr = (one, None, 0, 0, 0, 0, 0) if one == "base" else one
+        how = f"{noise or 0:g} | {B} x {G} | {lr:g}" if step else " | | "
+        print(f"| {run} | {how} | {step} | {len(some)} | {' | '.join(texts)} |")
 
 
 def report(out: Path) -> None:
@@ -270,9 +290,10 @@ def report(out: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     rates = list(dict.fromkeys(row["lr"] for row in rows))
-    lines = dict(zip(rates, ("o-", "s--", "^:")))
-    for run in dict.fromkeys((row["run"], row["seed"], row["lr"]) for row in rows):
-        some = [row for row in rows if (row["run"], row["seed"], row["lr"]) == run]
+    lines = {lr: ("o-", "s--", "^:")[i % 3] for i, lr in enumerate(rates)}
+    for one, seed in dict.fromkeys((kind(row), row["seed"]) for row in rows):
+        some = [row for row in rows if (kind(row), row["seed"]) == (one, seed)]
+        run = one[0], seed, one[-1]
         points = []
         for row in sorted(some, key=lambda row: row["step"]):
             greedy, sample = row["hard_greedy"], row["hard_sample"]
