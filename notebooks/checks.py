@@ -11,6 +11,7 @@ import copy
 import math
 import time
 import traceback
+from numbers import Real
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def check(name: str, cases: list, uses: tuple = ()) -> None:
 def slope(function, leaf: torch.Tensor, *arguments):
     """Gradient of the sum of what the function gives; 0 where none passes."""
     try:
-        return torch.autograd.grad(function(*arguments).sum(), leaf)[0]
+        return torch.autograd.grad(tensor(function(*arguments)).sum(), leaf)[0]
     except (RuntimeError, TypeError, AttributeError):  # what numpy and lists of floats lead to
         return torch.zeros_like(leaf)
 
@@ -113,6 +114,10 @@ def mixture(function) -> None:
         """The gradient that reaches the logits."""
         return slope(function, logits.requires_grad_(), logits, tau, E)
 
+    def slope_in_E(logits, tau, E):
+        """The gradient that reaches the embeddings."""
+        return slope(function, E.requires_grad_(), logits, tau, E)
+
     mistakes = [
         ([[6, 0]], "tau is missing: p = softmax(logits / tau)."),  # p = (1, 1, 2) / 4
         # p = (1, 1, 1.4142) / 3.4142
@@ -129,7 +134,7 @@ def mixture(function) -> None:
         ([[9, -6]], "that is the likeliest token's embedding; a mixture has something of all."),
     ]
     one_sum = [([[3.5, -1], [2.75, 0.5]], "you divide by the sum of all rows; each has its own.")]
-    cut = [([[0, 0, 0]], f"{CUT}.")]
+    cut, cut_E = [([[0, 0, 0]], f"{CUT}.")], [([[0, 0]] * 3, f"{CUT}.")]
     check("my_mixture", [
         ("one row", function, (ONE, 0.5, E), [[7, -2]], mistakes),
         # (4 (6, 0) + 1 (0, 12) + 1 (9, -6)) / 6 = (33, 6) / 6
@@ -138,6 +143,7 @@ def mixture(function) -> None:
         # d(h_1 + h_2) / d logits_v = p_v / tau (s_v - 5), as h_1 + h_2 = 5, and s_v, the sum of
         # E_v, is 6, 12, 3: 2 (1 * 1, 1 * 7, 4 * -2) / 6
         ("its gradient", slope_in_logits, (ONE, 0.5, E), [[2 / 6, 14 / 6, -16 / 6]], cut),
+        ("its gradient in E", slope_in_E, (ONE, 0.5, E), [[1 / 6] * 2, [1 / 6] * 2, [4 / 6] * 2], cut_E),
     ])  # fmt: skip
 
 
@@ -321,6 +327,7 @@ def step(function) -> None:
     check("my_step", [
         ("x, soft", fed, soft, [[7.5, -2.5]], soft_x),
         ("token, soft", token, soft, [2], drawn),
+        ("token, soft, two rows", token, soft_two, [2, 0], []),
         ("x, soft with eps = None", fed, quiet, [[7, -2]], []),
         ("x, fuzzy", fed, fuzzy, [[9.5, -6.5]], fuzzy_x),
         ("x, hard", fed, hard, [[0, 12]], hard_x),
@@ -349,7 +356,7 @@ def adapted(function):
     def called(*arguments):
         """The function, with a tensor for what it gives."""
         result = function(*arguments)
-        return result if isinstance(result, (int, float)) else tensor(result)
+        return float(result) if isinstance(result, Real) else tensor(result)
 
     return called
 

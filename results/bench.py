@@ -80,9 +80,9 @@ def bench_generate(policy: Policy, config: Config, problems: list[softcot.Proble
     print(f"generate() {len(prompts) * new / seconds:12.2f} {seconds:12.2f}")
 
 
-def highest_gib() -> float:
-    """The most memory that the GPU, or this process, has had so far, in GiB."""
-    if torch.cuda.is_available():
+def highest_gib(device: str) -> float:
+    """The most memory that the GPU, or on a CPU this process, has had so far, in GiB."""
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
     import resource  # not there on Windows
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, else KiB
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
     problems = softcot.load_problems(config, config.task, "train")[: config.prompts]
     bench_modes(policy, config, problems)
     bench_generate(policy, config, problems)
-    print(f"highest memory: {highest_gib():.1f} GiB")
+    print(f"highest memory: {highest_gib(config.device):.1f} GiB")
 
 
 if __name__ == "__main__":

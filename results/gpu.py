@@ -213,8 +213,10 @@ def decoding(lab: Lab, shape: str, dtype: str, target: str) -> None:
     real, softcot.run_and_record = softcot.run_and_record, lambda step, *_: step() or step
     policy.engine = None
     short = max(2, lab.cot // 8)
-    eager = rows * (short + 1) / lab.seconds(lambda: lab.rollout(policy, "soft_sample", cot=short, answer=1), 1)
-    softcot.run_and_record, policy.engine = real, None
+    try:
+        eager = rows * (short + 1) / lab.seconds(lambda: lab.rollout(policy, "soft_sample", cot=short, answer=1), 1)
+    finally:  # other parts go on without this one
+        softcot.run_and_record, policy.engine = real, None
     ids = torch.full((rows, lab.prompt), 5, device=lab.device)
     how = dict(do_sample=True, top_k=0, min_new_tokens=short, max_new_tokens=short, attention_mask=ids > 0)
     with policy.arithmetic():

@@ -12,8 +12,9 @@ does noise alone do?), 0.33, fuzzy, --noise with the CoT's score alone. Each is 
 steps 0, 25, 50, 100, ... on the first test problems: hard greedy and hard sampling, a multiple
 choice, and the distance from the base (KL of next tokens on worked solutions). What is there
 already, in OUT, is not done again; a run that ran out of its minutes goes on from its state.
-Without network, GSM8K needs Math-Verify beside the data: install it by `pip install --target DIR
-math-verify` where there is one, and set PYTHONPATH=DIR.
+The --data-dir also needs hellaswag/validation.jsonl, or --choices 0. Without network, GSM8K needs
+Math-Verify beside the data: install it by `pip install --target DIR math-verify` where there is one, and
+set PYTHONPATH=DIR.
 """
 
 import argparse
@@ -166,6 +167,11 @@ def distance(base: Policy, policy: Policy, texts: list[tuple[str, str]]) -> floa
     return total / count
 
 
+def choice_of(config: Config) -> str:
+    """The multiple choice that is asked of a model."""
+    return "hellaswag" if config.model else "toy-walk"
+
+
 def evaluation(policy: Policy, base: Policy, config: Config, given) -> dict:
     """Everything that is said of a checkpoint."""
     wide = dataclasses.replace(config, prompts=max(1, ROWS // config.samples))
@@ -176,11 +182,10 @@ def evaluation(policy: Policy, base: Policy, config: Config, given) -> dict:
         found = softcot.evaluate(policy, problems, SETTINGS[name], wide, given.eval_samples)
         scores[name] = {k: v for k, v in found.items() if k != "correct"}
         scores[name]["correct"] = found["correct"]
-    choice = "hellaswag" if config.model else "toy-walk"
     if given.choices:
-        rows = choices.read_rows(choice, config.data_dir, given.choices)
-        scores[choice] = choices.evaluate_choices(policy, choice, rows)
-    scores["kl"] = distance(base, policy, solutions(config))
+        choice = choice_of(config)
+        scores[choice] = choices.evaluate_choices(policy, choice, given.rows)
+    scores["kl"] = distance(base, policy, given.texts)
     return scores
 
 
@@ -341,6 +346,8 @@ def main(arguments=None) -> None:
     config = softcot.filled(softcot.parse(flags))
     given.folder = config.model or str(toy_tasks.base_model(Path("runs/toy-base")))
     torch.set_num_threads(config.threads)
+    given.texts = solutions(config)  # what is missing is missed before anything is sampled
+    given.rows = given.choices and choices.read_rows(choice_of(config), config.data_dir, given.choices)
     base = softcot.load_policy(config, given.folder)
     try:
         for name in given.runs:

@@ -18,10 +18,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from softcot import COLORS
+from softcot import COLORS, SETTINGS
 
 FILES = ("config.json", "eval.json")  # what a finished run has
 OWN = ("seed", "out_dir", "resume", "threads", "device", "eval_tasks", "eval_settings")  # of each run
+EVALUATED = ("eval_k", "eval_limit", "eval_max_cot", "max_answer")  # what figures of a base depend on, too
 WIDTH = 38  # of a column of CoTs, in characters
 LEGEND = """\
 A soft CoT is shown by the likeliest token of each position. Where that has less than 0.9 of the
@@ -70,15 +71,18 @@ def report(folders: list[str]) -> str:
     runs = {folder: [json.loads(text) for text in texts] for folder, texts in files.items()}
     for folder, (config, rows) in runs.items():
         alike = [c for c, _ in runs.values() if all(c[k] == config[k] for k in ("model", "task", "cot"))]
-        differ = [k for k in config if k not in OWN and len({str(c.get(k)) for c in alike}) > 1]
-        flags = " ".join(f"--{k.replace('_', '-')} {config[k]}" for k in differ)
+        differ = {k for k in config if k not in OWN and len({str(c.get(k)) for c in alike}) > 1}
+        others = [c for c, _ in runs.values() if all(c[k] == config[k] for k in ("model", "task"))]
+        asked = {k for k in EVALUATED if len({str(c.get(k)) for c in others}) > 1}
         for row in rows:
             passed = row.get("k", {})
             scores = {f"pass@{k}": 100 * passed[k] for k in passed if int(k) in (1, row["n"])}
             scores |= {"accuracy": 100 * row["accuracy"], "NLL": row["nll"]} if not passed else {}
             column = "base" if row["stage"] == "base" else config["cot"]
             run = (config["model"] or "toy", config["task"], row["task"], row["setting"])
-            which, own = (config["seed"], "") if column == "base" else (folder, flags)
+            keys = asked | unusual(config, row["setting"])
+            which, keys = (config["seed"], keys) if column == "base" else (folder, keys | differ)
+            own = " ".join(f"--{k.replace('_', '-')} {config[k]}" for k in config if k in keys)
             for metric, value in scores.items():
                 cells.setdefault((*run, metric, own), {}).setdefault(column, {})[which] = value
     names = ["model", "trained on", "tested on", "setting", "metric", "flags", *columns]
@@ -92,6 +96,15 @@ def report(folders: list[str]) -> str:
             texts[-1] += f" [paper {paper[same[0]][column]}]" if same else ""
         lines.append(f"| {' | '.join((Path(run[0]).name, *run[1:], *texts))} |")
     return "\n".join(lines) + "\n"
+
+
+def unusual(config: dict, setting: str) -> set[str]:
+    """Which of tau and noise a run changed for this setting: those of its own mode."""
+    if not setting.startswith(config["cot"]):
+        return set()
+    usual = SETTINGS[f"{config['cot']}_sample"]
+    pairs = {"tau": usual.tau, "sigma_scale": usual.noise or None}
+    return {k for k, value in pairs.items() if config.get(k, value) != value}
 
 
 def position(token) -> str:

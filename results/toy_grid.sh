@@ -2,14 +2,15 @@
 # Run the toy grid, two runs at a time, and keep its outcome in results/toy.jsonl: hard, fuzzy and soft
 # training with seeds 0 to 4 in six settings, soft training with other noise and seeds 0 to 2, and the
 # same with noise in all places on a toy that has more words (results/more_words.py). What has --noise-at
-# is run by a copy of softcot.py that knows it (results/noise_elsewhere.diff).
+# is run by a copy of softcot.py that knows it (results/noise_elsewhere.diff). What was cut off goes on
+# by the same command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs/grid runs/grid-elsewhere
 cp softcot.py toy_tasks.py runs/grid-elsewhere
 patch -d runs/grid-elsewhere -p1 < results/noise_elsewhere.diff
-python softcot.py --eval-only --eval-settings hard_greedy --out-dir runs/grid-base  # pretrains once
-python results/more_words.py runs/grid-words
+python -c "import pathlib, toy_tasks; toy_tasks.base_model(pathlib.Path('runs/toy-base'))"
+[[ -d runs/grid-words/16000 ]] || python results/more_words.py runs/grid-words
 
 jobs() {
     for seed in 0 1 2 3 4; do
@@ -38,6 +39,7 @@ jobs() {
 jobs | xargs -P 2 -L 1 bash -c '
     file=softcot.py
     [[ "$*" == *--noise-at* ]] && file=runs/grid-elsewhere/softcot.py
+    [[ -f runs/grid/$0/config.json ]] && set -- "$@" --resume
     python $file --threads 1 --out-dir "runs/grid/$0" "$@" > "runs/grid/$0.log" 2>&1'
 
 for run in runs/grid/{soft,hard,fuzzy}-s[0-4]; do

@@ -89,8 +89,8 @@ def draw(rows: list[dict]) -> None:
         some = [row for row in rows if row["width"] == width]
         factors = sorted({row["factor"] for row in some})
         of = lambda value: [np.mean([value(r) for r in some if r["factor"] == f]) for f in factors]
-        share = lambda row: row["base_with"] / row["base_without"]
-        color = COLORS[width]
+        share = lambda row: row["base_with"] / max(row["base_without"], 1e-9)
+        color = COLORS.get(width, "#7f7f7f")
         after.plot(factors, of(lambda row: row["greedy"]), "-", color=color, label=f"D = {width}")
         after.plot([r["factor"] for r in some], [r["greedy"] for r in some], ".", color=color)
         before.plot(factors, of(share), "-", color=color)
