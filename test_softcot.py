@@ -7,6 +7,7 @@ import ast
 import asyncio
 import contextlib
 import dataclasses
+import fractions
 import gc
 import importlib.util
 import io
@@ -1954,6 +1955,22 @@ def test_the_default_command_learns_to_think_longer_and_leaves_an_ordinary_model
     assert right / 40 > before["k"]["1"]
 
 
+def test_a_base_that_was_evaluated_in_two_ways_is_in_two_rows(tmp_path):
+    """Fuzzy training of the toy changes tau, and its base is evaluated with that; the order tells nothing."""
+    for cot, tau, score in (("soft", 0.5, 0.3), ("fuzzy", 0.1, 0.2)):
+        folder = tmp_path / cot
+        folder.mkdir()
+        config = {"model": None, "task": "toy", "cot": cot, "seed": 0, "tau": tau, "sigma_scale": 0.33}
+        row = {"stage": "base", "task": "toy", "setting": "fuzzy_sample", "n": 1, "k": {"1": score}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "eval.json").write_text(json.dumps([row]))
+    runs = [str(tmp_path / cot) for cot in ("soft", "fuzzy")]
+    tables = [sorted(show.report(order).splitlines()) for order in (runs, runs[::-1])]
+    assert tables[0] == tables[1]
+    rows = [[c.strip() for c in line.split("|")[6:8]] for line in tables[0] if "fuzzy_sample" in line]
+    assert sorted(rows) == [["", "30.00"], ["--tau 0.1", "20.00"]]
+
+
 def test_the_report_has_mean_and_deviation_over_seeds_and_the_figure_of_the_paper(
     tmp_path, capsysbinary
 ):
@@ -2211,6 +2228,37 @@ def test_the_score_that_is_left_out_of_a_control_gives_no_gradient():
             softcot.policy_gradient(policy, r, advantages)
         close = dict(rtol=0, atol=1e-5 * apart[part].abs().max().item())
         torch.testing.assert_close(every.take(), apart[part], **close)
+
+
+def test_the_distance_from_the_base_is_that_of_the_solutions_tokens():
+    """KL of the next token, by a loop over positions; nothing of the prompts' own tokens counts."""
+    base, other = tiny_policy("llama"), tiny_policy("llama")
+    with torch.no_grad():
+        for w in other.model.parameters():
+            w += 0.1 * torch.randn_like(w)
+    texts, terms = [("1+2=", "3 7 "), ("4+4+4+4=", "8")], []
+    for prompt, solution in texts:
+        ids = base.tokenizer(prompt + solution, return_tensors="pt").input_ids
+        p, q = (torch.log_softmax(m.model(ids).logits[0].double(), -1) for m in (base, other))
+        for i in range(len(base.tokenizer(prompt).input_ids), ids.shape[1]):
+            terms.append((p[i - 1].exp() * (p[i - 1] - q[i - 1])).sum().item())
+    found = real_model.distance(base, other, texts)
+    assert found == pytest.approx(np.mean(terms), rel=1e-4) and found > 0.01
+    assert real_model.distance(base, base, texts) == 0
+
+
+def test_runs_of_other_sizes_in_one_folder_stay_apart(classroom, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(classroom)
+    monkeypatch.setattr(real_model, "CHECKS", (0,))
+    flags = "--samples 4 --questions 32 --problems 4 --eval-samples 2 --choices 0 --noise 0.33 --runs soft".split()
+    for more in ("--prompts 2 --steps 1", "--prompts 2 --steps 2", "--prompts 3 --steps 1"):
+        real_model.main([str(tmp_path), *flags, *more.split()])
+    lengths = [len(read_lines(file)) for file in sorted(tmp_path.glob("soft-*.jsonl"))]
+    assert sorted(lengths) == [1, 1, 2]
+    capsys.readouterr()
+    real_model.main([str(tmp_path), "--report"])
+    table = capsys.readouterr().out.rpartition("\n\n")[2]
+    assert [line.split(" | ")[2] for line in table.splitlines()[3:]] == ["2 x 4", "2 x 4", "3 x 4"]
 
 
 def test_shuffled_rewards_are_those_of_another_prompt():
@@ -2632,6 +2680,8 @@ def test_the_two_versions_of_write_it_yourself_differ_in_the_exercises_alone():
     "name, old, new, words",
     [
         ("my_mixture", " / tau", "", "tau is missing"),
+        ("my_mixture", "@ E", "@ E.detach()", "its gradient in E: the numbers are right, but no gradient"),
+        ("my_step", "logits.argmax(-1)", "logits.argmax().reshape(1) % len(E)", "token, soft, two rows"),
         ("my_mixture", " / tau", " * tau", "multiply by tau"),
         ("my_mixture", "dim=-1", "dim=0", "runs over the rows"),
         ("my_mixture", "torch.softmax(logits / tau, dim=-1)", "logits / tau", "softmax is missing"),
@@ -2722,6 +2772,9 @@ def test_a_check_accepts_whatever_is_right():
     }
     for name, source in loops.items():
         assert checked(name, **{name: source}) == f"{name}: right"
+    rows = "def my_mixture(logits, tau, E): return [torch.softmax(z / tau, -1) @ E for z in logits]"
+    assert checked("my_mixture", my_mixture=rows) == "my_mixture: right"
+    assert checks.adapted(lambda: fractions.Fraction(1, 2))() == 0.5
 
 
 def test_a_function_that_is_wrong_slow_or_stops_leaves_the_librarys_in_place(capsys, monkeypatch):
