@@ -564,7 +564,7 @@ def generate(engine: Engine, setting: Setting, limit: int, is_done: Callable[[st
 # ---- 6. Log-probabilities, advantages, gradient -------------------------------------------------
 # One pass over what was sampled gives the log-probability of each of its positions, with gradient;
 # times the advantages, that is REINFORCE. Chunks and micro-batches change nothing but the memory.
-# With one process gather(x) is [x], processes() is 1 and policy.call(f, x) is f(x).
+# With one process gather(x) is [x], PROCESSES is 1 and policy.call(f, x) is f(x).
 
 CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
 
@@ -656,7 +656,7 @@ def policy_gradient(policy: Policy, r: Rollout, advantages: Tensor,
     mean_moved: median, 99 % and largest distance of a soft token's mean, in sigma."""
     loss, gaps, moves = 0.0, [torch.zeros(0)], [torch.zeros(0)]
     # rows of a process, on average: FSDP2 takes the mean of the gradients
-    N = sum(gather(len(advantages))) / processes()
+    N = sum(gather(len(advantages))) / PROCESSES
     columns = sum(x.shape[1] for x in (r.prompt_ids, r.cot.ids, r.prefill_ids, r.answer.ids))
     size = max(1, (micro_batch or affordable_tokens(policy)) // columns)
     indices = advantages.nonzero().flatten().split(size)  # rows with A = 0 add nothing
@@ -708,7 +708,7 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, set
     twice. Of K processes number k rolls out rows k, k+K, ...; all get all rewards."""
     before = [problems[:b].count(problem) for b, problem in enumerate(problems)]
     samples = [(p, n * G + g) for p, n in zip(problems, before) for g in range(G)]
-    own = samples[rank() :: processes()] or samples[:1]
+    own = samples[RANK::PROCESSES] or samples[:1]
     seeds = row_seeds([(*labels, problem.id, g) for problem, g in own])
     advice = "out of GPU memory in sampling: lower --samples, --prompts or the longest CoT"
     with explained(torch.OutOfMemoryError, advice):
@@ -717,7 +717,7 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, set
     values = [reward(a, problem.gold, problem.equal) for a, (problem, _) in zip(r.answers, own)]
     every = gather(values)
     values = [every[n % len(every)][n // len(every)] for n in range(len(samples))]
-    if rank() >= len(samples):  # its one row was another's
+    if RANK >= len(samples):  # its one row was another's
         r = rows_of(r, torch.arange(0))
     return r, np.array(values).reshape(len(problems), G)
 
@@ -767,7 +767,7 @@ def train_step(policy: Policy, problems: list[Problem], step: int, config: Confi
         r.shadows = tuple(policy.call(shadow, policy, r, n) for n in range(shown))
 
     advantages = rloo_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()  # [B*G]
-    advantages = advantages[rank() :: processes()].to(policy.model.device)  # [N] of this process
+    advantages = advantages[RANK::PROCESSES].to(policy.model.device)  # [N] of this process
     advice = "out of GPU memory in the backward pass: lower --micro-batch, or add --dtype bf16"
     with explained(torch.OutOfMemoryError, advice):
         fit = policy_gradient(policy, r, advantages, config.micro_batch)
@@ -829,23 +829,23 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
     history, _ = (read_log(out / name, first) for name in ("metrics.jsonl", "samples.jsonl"))
     every = max(1, config.steps // CHECKPOINTS)
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=config.cot,
-               disable=rank() > 0)
+               disable=RANK > 0)
     due = 0.0  # when saving has had its share of the time again
     for step in bar:
         batch = prompts_of_step(problems, step, config.prompts, config.seed)
         last = step + 1 == config.steps
         now = (step + 1) % every == 0 or last
-        rows = config.prompts * config.samples // processes()
+        rows = config.prompts * config.samples // PROCESSES
         shown = min(3, rows) if now or step == 0 else 0
         metrics, r, rewards = train_step(policy, batch, step, config, optimizer, shown)
         append_jsonl(out / "metrics.jsonl", metrics)
         history.append(metrics)
         for n in range(shown):
-            problem = batch[n * processes() // config.samples]
+            problem = batch[n * PROCESSES // config.samples]
             row = {"step": step + 1, "prompt": problem.prompt, "cot": r.cots[n]}
             row |= {"stopped": r.stopped[n], "answer": r.answers[n], "gold": problem.gold}
             row |= {"shadow": r.shadows[n]} if r.shadows else {}
-            append_jsonl(out / "samples.jsonl", row | {"reward": rewards.flat[n * processes()]})
+            append_jsonl(out / "samples.jsonl", row | {"reward": rewards.flat[n * PROCESSES]})
         if now:
             bar.set_postfix_str("validation")
             best = checkpoint(policy, config, out, held_out, step + 1, best)
@@ -1303,7 +1303,7 @@ def load_policy(config: Config, source: str) -> Policy:
         rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
         check_policy(policy, rounding.get(config.dtype, 1e-1))
     policy.engine = None
-    return shard(policy, config) if processes() > 1 else policy
+    return shard(policy, config) if PROCESSES > 1 else policy
 
 
 @torch.no_grad()
@@ -1456,7 +1456,7 @@ WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on ra
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """On rank 0: save(a name) that is renamed to path once all is on the disk; else path stays."""
-    if rank() > 0:
+    if RANK > 0:
         return
     part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
     with explained((OSError, RuntimeError, SafetensorError), f"{path}: can't be written"):
@@ -1480,7 +1480,7 @@ def write_json(path: Path, content) -> None:
 
 def append_jsonl(path: Path, row: dict) -> None:
     """Add one object as one line, in one piece."""
-    if rank() == 0:
+    if RANK == 0:
         with explained(OSError, f"{path}: can't be written"), open(path, "ab", buffering=0) as file:
             file.write(json.dumps(row).encode() + b"\n")
 
@@ -1556,20 +1556,14 @@ def plot_curves(rows: list[dict], cot: str, path: Path) -> None:
 # splits weights, gradients and moments over them; for sampling the weights are whole in each. All
 # go through the same steps, so none waits for another in vain; rank 0 alone writes and speaks.
 
-def rank() -> int:
-    """The number of this process: 0 if it is the only one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def processes() -> int:
-    """How many torchrun started; 1 without it."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+RANK = int(os.environ.get("RANK", 0))  # the number of this process; 0 without torchrun
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # how many torchrun started
 
 
 def gather(x) -> list:
     """What each process gives, in all of them."""
-    every = [x] * processes()
-    if processes() > 1:
+    every = [x] * PROCESSES
+    if PROCESSES > 1:
         dist.all_gather_object(every, x)
     return every
 
@@ -1581,7 +1575,7 @@ def own_share(x: Tensor) -> Tensor:
 
 def progress(what: str, items, unit: str) -> tqdm:
     """A bar for what may take long: shown after five seconds, and by one process alone."""
-    return tqdm(items, desc=what, unit=unit, leave=False, delay=5, disable=rank() > 0)
+    return tqdm(items, desc=what, unit=unit, leave=False, delay=5, disable=RANK > 0)
 
 
 def join() -> None:
@@ -1594,14 +1588,14 @@ def join() -> None:
     # a thread of gloo's that still holds a tensor as Python ends would abort it: pytorch#179291
     atexit.register(dist.destroy_process_group)
     atexit.register(gc.collect)  # comes before the other one: the last in is the first out
-    if rank():
+    if RANK:
         sys.stdout = open(os.devnull, "w")
 
 
 def shard(policy: Policy, config: Config) -> Policy:
     """Split the policy over the processes: each layer, then what is outside of layers."""
-    require(config.samples >= processes(), "--samples is too small: each process needs one")
-    mesh = dist.init_device_mesh(policy.model.device.type, (processes(),))
+    require(config.samples >= PROCESSES, "--samples is too small: each process needs one")
+    mesh = dist.init_device_mesh(policy.model.device.type, (PROCESSES,))
     for module in policy.model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             fsdp.fully_shard(module, mesh=mesh)
@@ -1661,7 +1655,7 @@ SIGNALS = []  # that came while a run was at work
 def note_signal(number: int, _) -> None:
     """Note SIGINT or SIGTERM for stopping(); a second one ends the program at once."""
     SIGNALS.append(number)
-    if len(SIGNALS) > 1 and processes() == 1:  # torchrun hands each on more than once
+    if len(SIGNALS) > 1 and PROCESSES == 1:  # torchrun hands each on more than once
         raise KeyboardInterrupt
 
 
@@ -1877,18 +1871,18 @@ def main(arguments: list[str]) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        if "RANK" in os.environ and not dist.is_initialized():  # torchrun started this process
+        if PROCESSES > 1 and not dist.is_initialized():
             join()
         print(run(parse(arguments)))
     except UserError as error:
         if os.environ.get("SOFTCOT_DEBUG"):  # mistakes have their tracebacks then
             raise
-        who = f"process {rank()}" if rank() else "softcot.py: error"
+        who = f"process {RANK}" if RANK else "softcot.py: error"
         print(f"{who}: {error}", file=sys.stderr)
         return 2
     except Stopped:
         again = [] if "--resume" in arguments else ["--resume"]
-        start = f"torchrun --nproc-per-node {processes()}" if processes() > 1 else "python"
+        start = f"torchrun --nproc-per-node {PROCESSES}" if PROCESSES > 1 else "python"
         print("Stopped. To go on:", start, shlex.join(["softcot.py", *arguments, *again]))
     return 0
 

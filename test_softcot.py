@@ -1631,8 +1631,8 @@ def test_each_process_samples_its_rows_and_all_know_all_rewards(monkeypatch):
     how = (SETTINGS["hard_sample"], 3, 2, 1.0)
     whole, _ = softcot.rewarded(policy, problems, 3, (0,), *how)
     calls.clear()
-    monkeypatch.setattr(softcot, "rank", lambda: 1)
-    monkeypatch.setattr(softcot, "processes", lambda: 2)
+    monkeypatch.setattr(softcot, "RANK", 1)
+    monkeypatch.setattr(softcot, "PROCESSES", 2)
     monkeypatch.setattr(softcot, "gather", lambda own: [[1.0, 2.0, 3.0], own])
     r, rewards = softcot.rewarded(policy, problems, 3, (0,), *how)
     assert rewards.tolist() == [[1.0, 10.0, 2.0], [20.0, 3.0, 30.0]]
@@ -1641,8 +1641,8 @@ def test_each_process_samples_its_rows_and_all_know_all_rewards(monkeypatch):
 
 def test_a_process_without_a_row_has_none(monkeypatch):
     policy, problem = tiny_policy("llama"), Problem(0, PROMPTS[0], "1", lambda *_: False)
-    monkeypatch.setattr(softcot, "rank", lambda: 1)
-    monkeypatch.setattr(softcot, "processes", lambda: 2)
+    monkeypatch.setattr(softcot, "RANK", 1)
+    monkeypatch.setattr(softcot, "PROCESSES", 2)
     monkeypatch.setattr(softcot, "gather", lambda own: [[100.0], own])
     how = (SETTINGS["soft_sample"], 3, 2, 1.0)
     r, rewards = softcot.rewarded(policy, [problem], 1, (0,), *how)
@@ -3543,7 +3543,7 @@ def test_several_processes_train_bf16_weights(tied_folder, tmp_path):
 def test_more_processes_than_gpus_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(softcot, "PROCESSES", 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert "more processes than the 1 GPUs" in one_line_error(capsys, [])
 
