@@ -1302,7 +1302,6 @@ def load_policy(config: Config, source: str) -> Policy:
         require(kept, f"its tokenizer loses {STOP!r} in {again!r}")
         rounding = {"fp32": 1e-3 if config.device == "cpu" else 1e-2}  # a GPU has TF32
         check_policy(policy, rounding.get(config.dtype, 1e-1))
-    policy.engine = None
     return shard(policy, config) if PROCESSES > 1 else policy
 
 
@@ -1315,14 +1314,13 @@ def check_policy(policy: Policy, close: float) -> None:
     gap gives. Finds the factor that some models put behind their head."""
     with policy.arithmetic():
         E, model = policy.embeddings(), policy.model
-        ids = torch.arange(5, device=E.device) % len(E)
+        ids = torch.arange(5, device=E.device)
         p = torch.linspace(0.1, 0.9, 5, device=E.device).view(5, 1).to(E.dtype)
         x = torch.stack([E[ids], p * E[ids] + (1 - p) * E[ids + 1]])  # [2, 5, D]
         real = torch.ones(2, 5, dtype=torch.bool, device=E.device)
         real[1, 2] = False
-        engine = policy.engine = Engine(policy, 2, 5)
+        engine = Engine(policy, 2, 5)
         engine.restart()
-        engine.reserve(5)
         first = engine.feed(x[:, :3], real[:, :3])
         hidden = torch.cat([first, engine.feed(x[:, 3:], real[:, 3:])], dim=1)[real]  # [M, H]
         tokens = model(ids[None], use_cache=False).logits[0]
