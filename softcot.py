@@ -1519,10 +1519,9 @@ def shadow(policy: Policy, r: Rollout, n: int) -> list:
     Mixtures are made again from the stored inputs, as in the loss: no rollout keeps them."""
     prompt = policy.embeddings()[r.prompt_ids[n][r.prompt_mask[n]]]  # [P, D]
     x = torch.cat([prompt, r.cot.x[n][r.cot.mask[n]]])[None]  # [1, P+T, D]
-    real = torch.ones_like(x[..., 0], dtype=torch.bool)
     with policy.arithmetic():
-        hidden = policy.run(x, real, torch.arange(x.shape[1], device=x.device))[0]  # [P+T, H]
-    logits = policy.head(hidden[len(prompt) - 1 : -1])  # [T, V]
+        hidden = policy.model.base_model(inputs_embeds=x, use_cache=False).last_hidden_state[0]
+    logits = policy.head(hidden[len(prompt) - 1 : -1])  # [P+T, H] -> [T, V]
     shares, tokens = torch.softmax(logits / r.setting.tau, dim=-1).topk(2)  # [T, 2] each
     text = lambda token: policy.piece(token) or str(policy.tokenizer.convert_ids_to_tokens(token))
     return [text(a) if p >= 0.9 else [text(a), round(p, 2), text(b), round(q, 2)]
