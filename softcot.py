@@ -1744,6 +1744,10 @@ def filled(config: Config) -> Config:
     slow = f"--dtype {config.dtype}: this GPU has no bf16; leave it out, fp32 is taken then"
     require(not cuda or bf16 or "bf16" not in str(config.dtype), slow)
     mode = SETTINGS[f"{config.cot}_sample"]
+    path = Path(config.model or "")  # without a name for the toy
+    model = path.parent.name if path.name == "model" else path.name
+    end = "eval" if config.eval_only else f"{config.cot}-s{config.seed}"
+    folder = "-".join(part for part in (Path(config.task).stem, model, end) if part)
     defaults = {
         **task.defaults,
         "eval_max_cot": config.max_cot or task.defaults["eval_max_cot"],
@@ -1751,7 +1755,7 @@ def filled(config: Config) -> Config:
         "tau": 0.1 if (config.task, config.cot) == ("toy", "fuzzy") else mode.tau,  # learns surely
         "sigma_scale": mode.noise or None,
         "eval_tasks": [task.test_on or config.task],
-        "out_dir": default_folder(config),
+        "out_dir": f"runs/{folder}",
         "device": device,
         "dtype": "bf16-mixed" if bf16 else "fp32",
         # threads wait for each other: for so small a model two are slower on a busy machine
@@ -1759,14 +1763,6 @@ def filled(config: Config) -> Config:
     }
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
-
-
-def default_folder(config: Config) -> str:
-    """runs/TASK-MODEL-COT-sSEED, or runs/TASK-MODEL-eval; the toy has no model's name."""
-    path = Path(config.model or "")
-    model = path.parent.name if path.name == "model" else path.name
-    end = "eval" if config.eval_only else f"{config.cot}-s{config.seed}"
-    return "runs/" + "-".join(part for part in (Path(config.task).stem, model, end) if part)
 
 
 def parse(arguments: list[str]) -> Config:
