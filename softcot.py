@@ -1708,8 +1708,7 @@ class Config:
         for name, value in vars(self).items():
             if type(value) is int:
                 low = {"samples": 2, "warmup": 0, "seed": 0, "eval_limit": 0}.get(name, 1)
-                require(value >= low, f"{flag(name)} {value} is too small: give {low} or more")
-                require(value < 2**31, f"{flag(name)} {value} is too large")
+                require(low <= value < 2**31, f"{flag(name)} {value}: give {low} to {2**31 - 1}")
             if type(value) is float:
                 require(0 < value < math.inf, f"{flag(name)} {value}: give a positive number")
         task = f"--task {self.task}"

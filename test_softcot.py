@@ -1754,7 +1754,7 @@ def one_line_error(capsys, arguments, progress=False):
         ("--task gsm8k", "--model"),
         ("--samples 1", "--samples 1"),
         ("--steps 0", "--steps 0"),
-        ("--seed 9223372036854775808", "too large"),
+        ("--seed 9223372036854775808", "--seed 9223372036854775808: give 0 to 2147483647"),
         ("--micro-batch 0", "--micro-batch 0"),
         ("--lr -1", "--lr -1"),
         ("--lr nan", "--lr nan"),
