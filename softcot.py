@@ -849,7 +849,7 @@ def train(policy: Policy, config: Config, out: Path, problems: list, held_out: l
         if now:
             bar.set_postfix_str("validation")
             best = checkpoint(policy, config, out, held_out, step + 1, best)
-        stop = stopping()
+        stop = any(gather(SIGNALS))  # a signal came to some process
         start = time.perf_counter()
         if stop or last or gather(start > due)[0]:
             bar.set_postfix_str("saving")
@@ -893,7 +893,7 @@ def evaluate(policy: Policy, problems: list[Problem], setting: Setting, config: 
     counts, stopped = [], 0  # right samples of each problem; CoTs with the stop phrase
     reached, nats = np.zeros((2, config.eval_max_cot))  # CoTs with a token at t; their entropy
     for batch in progress("evaluation", batches, "batch"):
-        if may_stop and stopping():
+        if may_stop and any(gather(SIGNALS)):
             raise Stopped
         r, rewards = rewarded(policy, batch, n, (config.seed, EVALUATION), setting,
                               config.eval_max_cot, config.max_answer, answer_tau=0.0, keep=False)
@@ -1646,19 +1646,14 @@ def explained(errors, message: str):
         raise UserError(f"{message} ({reason})") from error
 
 
-SIGNALS = []  # that came while a run was at work
+SIGNALS = []  # that came while a run was at work; looked at after each step and batch of evaluation
 
 
 def note_signal(number: int, _) -> None:
-    """Note SIGINT or SIGTERM for stopping(); a second one ends the program at once."""
+    """Note SIGINT or SIGTERM for later; a second one ends the program at once."""
     SIGNALS.append(number)
     if len(SIGNALS) > 1 and PROCESSES == 1:  # torchrun hands each on more than once
         raise KeyboardInterrupt
-
-
-def stopping() -> bool:
-    """Whether a signal came to any process; asked after each step and batch of evaluation."""
-    return any(gather(bool(SIGNALS)))
 
 
 # ---- 15. Configuration and main -----------------------------------------------------------------
