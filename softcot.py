@@ -9,7 +9,7 @@ applies; after training, the model is used with ordinary hard tokens.
     p_{t-1} = softmax(logits_{t-1} / tau),   h_t = p_{t-1} E             (eqs 3, 5) mixture
     hard token   x_t ~ p_{t-1},  feed E[x_t]                                 (eq 4) next_input
     soft token   x_t = h_t + sigma * N(0, I),  feed x_t                      (eq 6) next_input
-    log pi(x_t | past) = log p_{t-1}(x_t), or -||x_t - h_t||^2 / (2 sigma^2) (eqs 9-10) soft_logp
+    log pi(x_t | past) = log p_{t-1}(x_t), or -||x_t - h_t||^2 / (2 sigma^2) (eqs 9-10) log_probs
     A_bg = r_bg - mean of the other G-1 rewards of prompt b                 (eq 12) rloo_advantages
     loss = -1/(BG) sum_bg A_bg (sum_t log pi(x_t) + sum_a log pi(a))  (eqs 8, 13-15) policy_gradient
 
@@ -106,17 +106,6 @@ def gaussian_logp(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
     return -(x.detach().float() - mean.float()).square().sum(-1) / (2 * sigma**2)
 
 
-def soft_logp(eps: Tensor, mean: Tensor, sigma: float) -> Tensor:
-    """log pi of a soft token that was drawn as its mean + sigma * eps   (eqs 9, 10).
-
-    The value is always -||eps||^2 / 2; what informs is the gradient, eps / sigma times that of the
-    mean, which on policy is exact. The x that was fed is not used: it lies around the mean of the
-    rollout, and where two tokens tie, rounding moves a mean by many sigma (embeddings are tens to
-    hundreds of sigma apart), which would drown eps.
-    eps, mean [..., D], with gradient of the mean -> [...] in nats."""
-    return gaussian_logp(mean + sigma * eps, mean, sigma)
-
-
 def categorical_logp(tokens: Tensor, logits: Tensor, tau: float) -> Tensor:
     """log softmax(logits / tau)[token]: tokens [...], logits [..., V] -> [...] in nats."""
     logp = torch.log_softmax(logits.float() / tau, dim=-1)
@@ -168,8 +157,8 @@ def next_input(logits: Tensor, setting: Setting, E: Tensor, sigma: Tensor,
     mean, likeliest = mixture(logits, setting.tau, E), logits.argmax(-1)  # [N, D], [N]
     if eps is None:
         return Step(likeliest, no_density, nats, mean)
-    x = mean + (sigma * eps).to(mean.dtype)
-    return Step(likeliest, soft_logp(eps, mean, sigma), nats, x, eps)
+    x = mean + sigma * eps
+    return Step(likeliest, gaussian_logp(x, mean, sigma), nats, x.to(mean.dtype), eps)
 
 
 def random_words(seeds: Tensor, index: Tensor) -> Tensor:
@@ -628,15 +617,20 @@ def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hid
 
 def positions_logp(policy: Policy, setting: Setting, sigma: float, hidden: Tensor, ids: Tensor,
                    eps: Optional[Tensor], x: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    """log pi of M positions and how far their means moved, in sigma: [M] each.
+    """log pi of M positions, and how far their means moved, in sigma: [M] each   (eqs 9, 10).
 
-    hidden [M, H], ids [M], eps and x [M, D], or None for hard tokens: see Step."""
+    hidden [M, H], ids [M], eps and x [M, D], or None for hard tokens: see Step.
+    The sample of a soft token is taken to be where its noise leads from the mean as found here: the
+    value is always -||eps||^2 / 2; what informs is the gradient, eps / sigma times that of the
+    mean, which on policy is exact. The x that was fed is not used for it: it lies around the mean
+    of the rollout, and where two tokens tie, rounding moves a mean by many sigma (embeddings are
+    tens to hundreds of sigma apart), which would drown eps."""
     logits = policy.head(hidden)
     if setting.mode == "hard":
         return categorical_logp(ids, logits, setting.tau), torch.zeros(len(ids), device=ids.device)
     mean = mixture(logits, setting.tau, policy.embeddings())
     moved = (x - sigma * eps - mean.detach()).float().norm(dim=-1) / sigma
-    return soft_logp(eps, mean, sigma), moved
+    return gaussian_logp(mean + sigma * eps, mean, sigma), moved
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
