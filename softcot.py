@@ -587,39 +587,35 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         hidden = torch.cat([first[prompt_of], hidden], dim=1)  # [N, L, H]
         # a position is predicted from the last real column before it, never from a gap
         last = torch.where(real, columns, 0).cummax(dim=1).values  # [N, L]
-        before_cot, before_answer = last[:, P - 1 : P + T - 1], last[:, P + T + F - 1 : -1]
-        cot, moved = phase_logp(policy, r.cot, r.setting, r.sigma, hidden, before_cot)
+        hidden = hidden.take_along_dim(last[:, :, None], dim=1)
+        cot, moved = phase_logp(policy, r.cot, r.setting, r.sigma, hidden[:, P - 1 : P + T - 1])
         hard = SETTINGS["hard_sample"]  # temperature 1, at which answers of training are sampled
-        answer, _ = phase_logp(policy, r.answer, hard, 0.0, hidden, before_answer)
+        answer, _ = phase_logp(policy, r.answer, hard, 0.0, hidden[:, P + T + F - 1 : -1])
     return cot, answer, moved
 
 
-def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float, hidden: Tensor,
+def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float,
                before: Tensor) -> tuple[Tensor, Tensor]:
     """log pi of a phase's positions, with gradient, and how far their means moved: [N, T] each.
 
-    hidden [N, L, H]; before [N, T]: the column that predicts each position (T of this phase). The
-    largest tensors of all are logits (V a position), so they are made for a chunk of positions at a
-    time, and once more in the backward pass. Reentrant: each chunk's gradient is added to the
-    weights' at once."""
-    row, place = phase.mask.nonzero(as_tuple=True)  # [M] the real positions
-    # recomputation needs an input with gradient, even if all of it is constant
-    found = hidden[row, before[row, place]].requires_grad_()  # [M, H]
+    before [N, T, H]: the hidden states that predict them. The largest tensors of all are logits (V
+    a position), so they are made for a chunk of positions at a time, and once more in the backward
+    pass. Reentrant: each chunk's gradient is added to the weights' at once."""
+    real = [x[phase.mask] for x in (before, phase.ids, phase.eps, phase.x) if x is not None]
+    real[0].requires_grad_()  # recomputation needs that, even if all of it is constant
+    size = max(1, CHUNK // policy.model.get_input_embeddings().num_embeddings)
     score = partial(recompute, positions_logp, policy, setting, sigma, use_reentrant=True)
-    size, scores = max(1, CHUNK // policy.model.get_input_embeddings().num_embeddings), []
-    for rows, places, chunk in zip(*(x.split(size) for x in (row, place, found))):
-        stored = (phase.ids, phase.eps, phase.x)
-        scores.append(score(chunk, *(x if x is None else x[rows, places] for x in stored)))
+    scores = [score(*chunk) for chunk in zip(*(x.split(size) for x in real))]
     logp, moved = (torch.cat(x) for x in zip(*scores))
-    zeros = torch.zeros(phase.mask.shape, device=hidden.device)
-    return zeros.index_put((row, place), logp), zeros.index_put((row, place), moved.detach())
+    zeros = torch.zeros(phase.mask.shape, device=before.device)
+    return zeros.masked_scatter(phase.mask, logp), zeros.masked_scatter(phase.mask, moved.detach())
 
 
 def positions_logp(policy: Policy, setting: Setting, sigma: float, hidden: Tensor, ids: Tensor,
-                   eps: Optional[Tensor], x: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+                   eps: Tensor = None, x: Tensor = None) -> tuple[Tensor, Tensor]:
     """log pi of M positions, and how far their means moved, in sigma: [M] each   (eqs 9, 10).
 
-    hidden [M, H], ids [M], eps and x [M, D], or None for hard tokens: see Step.
+    hidden [M, H], ids [M]; of soft tokens eps and x [M, D]: see Step.
     The sample of a soft token is taken to be where its noise leads from the mean as found here: the
     value is always -||eps||^2 / 2; what informs is the gradient, eps / sigma times that of the
     mean, which on policy is exact. The x that was fed is not used for it: it lies around the mean

@@ -62,7 +62,7 @@ def arithmetic(policy: softcot.Policy, name: str):
     policy.engine = None
 
 
-def recomputed(policy, setting, sigma, hidden, ids, eps, x):
+def recomputed(policy, setting, sigma, hidden, ids, eps=None, x=None):
     """softcot.positions_logp() with the distance of x as it was fed from the mean found here."""
     logits = policy.head(hidden)
     if setting.mode == "hard":
