@@ -514,26 +514,25 @@ def generate(engine: Engine, setting: Setting, limit: int, is_done: Callable[[st
         engine.kept += ["x", "eps"] if setting.noise else ["x"]
     engine.sigma.fill_(sigma)
     engine.position.fill_(position)
-    texts, length, seen = [""] * N, [limit] * N, 0  # length: the limit until a row's end is seen
+    texts, going, seen = [""] * N, range(N), 0  # going: rows that have not ended
+    length = [limit] * N  # until a row's end is seen
     for t in progress(f"sampling, {N} rows", range(1, limit + 1), "token"):  # steps so far
         engine.run_step()
         if t % LOOK[device.type] and t < limit:
             continue
-        running = engine.order[: engine.batch].tolist()
         tokens = engine.buffers["ids"][: engine.batch, first + seen : first + t].tolist()
-        for n, new in zip(running, tokens):
-            if length[n] <= seen:  # it had ended before
-                continue
-            text = texts[n] + "".join(map(policy.piece, new))
-            if not is_done(text) and policy.end_ids.isdisjoint(new):
+        new = dict(zip(engine.order, tokens))  # of each row in the batch
+        for n in going:
+            text = texts[n] + "".join(map(policy.piece, new[n]))
+            if not is_done(text) and policy.end_ids.isdisjoint(new[n]):
                 texts[n] = text
                 continue
-            for i, token in enumerate(new, start=seen + 1):
+            for i, token in enumerate(new[n], start=seen + 1):
                 texts[n] += policy.piece(token)
                 if is_done(texts[n]) or token in policy.end_ids:
                     length[n] = i
                     break
-        seen, going = t, [n for n in running if length[n] > t]
+        seen, going = t, [n for n in going if length[n] > t]
         if not going:
             break
         engine.go_on(going)
@@ -543,10 +542,9 @@ def generate(engine: Engine, setting: Setting, limit: int, is_done: Callable[[st
     mask = columns < torch.tensor(length, device=device)[:, None]  # [N, T and more]
     engine.real[:N, first : engine.filled] = mask
     T = max(length)
-    fields = {name: engine.buffers[name][:N, first : first + T] for name in engine.kept}
-    for name, value in fields.items():  # not by * : 0 times NaN is NaN
-        ended = ~mask[:, :T].view(N, T, *[1] * (value.dim() - 2))
-        fields[name] = value.masked_fill(ended, 0)
+    fields = {name: engine.buffers[name][:N, first : first + T].clone() for name in engine.kept}
+    for value in fields.values():
+        value[~mask[:, :T]] = 0  # not by * : 0 times NaN is NaN
     return Phase(**fields, mask=mask[:, :T]), [is_done(text) for text in texts]
 
 
