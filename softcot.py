@@ -311,6 +311,8 @@ class Engine:
 
     def __init__(self, policy: Policy, rows: int, columns: int):
         zeros = partial(torch.zeros, device=policy.model.device)
+        self.block = BLOCK[policy.model.device.type]
+        columns = -(-columns // self.block) * self.block
         self.policy, self.N, self.L = policy, rows, columns
         self.batch, self.width = rows, columns  # rows and columns in use
         self.filled = 0  # columns that are fed or reserved; next_column counts on the device
@@ -351,8 +353,7 @@ class Engine:
     def reserve(self, count: int) -> None:
         """Let attention read so many columns more; not in feed(), which a GPU replays as it is."""
         self.filled += count
-        block = BLOCK[self.real.device.type]
-        self.width = -(-self.filled // block) * block
+        self.width = -(-self.filled // self.block) * self.block
 
     def feed(self, x: Tensor, real: Tensor) -> Tensor:
         """Append columns x [M, C, D] to the batch, and return their hidden states [M, C, H].
@@ -1376,8 +1377,6 @@ def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
 
 def engine_with(policy: Policy, rows: int, columns: int) -> Engine:
     """The policy's engine, emptied; a larger one where that has too little room."""
-    block = BLOCK[policy.model.device.type]
-    columns = -(-columns // block) * block
     N, L = (policy.engine.N, policy.engine.L) if policy.engine else (0, 0)
     if rows > N or columns > L:
         policy.engine = None  # free the old one's memory first
