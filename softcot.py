@@ -328,9 +328,8 @@ class Engine:
         self.replays = {}  # recorded steps, by setting and shape
         self.weights = {}  # of linear layers in bf16, by name
         self.keys_and_values = []  # [N, heads, L, head size] each: Keys.update() makes and fills it
-        text = policy.model.config.get_text_config()
-        layers = [Keys(self) for _ in range(text.num_hidden_layers)]
-        self.cache = transformers.cache_utils.Cache(layers=layers)
+        layers = policy.model.config.get_text_config().num_hidden_layers
+        self.cache = transformers.cache_utils.Cache(layers=[Keys(self) for _ in range(layers)])
         # memory and stream that all recorded steps share; none where FSDP2 moves the weights
         record = policy.model.device.type == "cuda" and not dist.is_initialized()
         self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if record else ()
@@ -453,12 +452,11 @@ def rows_of(x, index: Tensor):
     """The rows that index [M] selects of a tensor, a list, or these fields of a Phase or Rollout.
 
     The columns of a Phase end where the longest of these rows does."""
-    if isinstance(x, (Phase, Rollout)):
-        fields = {k: rows_of(v, index) for k, v in vars(x).items()}
-        if isinstance(x, Phase):
-            end = fields["mask"].any(dim=0).sum().item()
-            fields = {k: v if v is None else v[:, :end] for k, v in fields.items()}
-        return type(x)(**fields)
+    if isinstance(x, Phase):
+        end = x.mask[index].any(dim=0).sum().item()
+        return Phase(**{k: v if v is None else v[index, :end] for k, v in vars(x).items()})
+    if isinstance(x, Rollout):
+        return Rollout(**{k: rows_of(v, index) for k, v in vars(x).items()})
     if isinstance(x, list):
         return [x[i] for i in index.tolist()]
     return x[index] if isinstance(x, Tensor) else x
