@@ -222,9 +222,8 @@ class Policy:
         """The context in which rollout and loss both run the model.
 
         Weights cast to bf16 are kept for the backward pass; sampling has copies of its own."""
-        keep = torch.is_grad_enabled()
-        kind = self.model.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.mixed, cache_enabled=keep)
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed,
+                              cache_enabled=torch.is_grad_enabled())
 
     def embeddings(self) -> Tensor:
         """E [V, D], with gradient: the embeddings as the model computes them from token ids.
