@@ -114,7 +114,8 @@ def categorical_logp(tokens: Tensor, logits: Tensor, tau: float) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits), at temperature 1 in every mode: [..., V] -> [...] in nats."""
-    return torch.special.entr(torch.softmax(logits.float(), dim=-1)).sum(-1)  # -p log p, 0 at 0
+    p = torch.softmax(logits.float(), dim=-1)
+    return -torch.xlogy(p, p).sum(-1)  # 0 at 0
 
 
 def sample_token(logits: Tensor, tau: float, u: Tensor) -> Tensor:
@@ -330,7 +331,7 @@ class Engine:
         layers = policy.model.config.get_text_config().num_hidden_layers
         self.cache = transformers.cache_utils.Cache(layers=[Keys(self) for _ in range(layers)])
         # memory and stream that all recorded steps share; none where FSDP2 moves the weights
-        record = policy.model.device.type == "cuda" and not dist.is_initialized()
+        record = policy.model.device.type == "cuda" and PROCESSES == 1
         self.graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if record else ()
 
     def restart(self) -> None:
@@ -397,9 +398,9 @@ class Engine:
         """A step; on a GPU of one process, a replayed one."""
         self.reserve(1)
         key = (self.setting, "x" in self.kept, self.batch, self.width)
-        if key in self.replays:
+        if self.replays.get(key):
             self.replays[key]()
-        elif self.graphs:
+        elif self.graphs and key not in self.replays:
             self.replays[key] = run_and_record(self.step, *self.graphs)
         else:
             self.step()
@@ -575,9 +576,12 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     if r.cot.x is not None:
         rest = torch.cat([r.cot.x, rest[:, T:]], dim=1)
     columns = torch.arange(P + T + F + A, device=ids.device)
+    # with two uses of a weight in one backward pass, gradients of the first wait for the second: as
+    # much memory again as all gradients have. FSDP2 can't recompute so much, and has it split
+    once = partial(recompute, read, use_reentrant=True) if PROCESSES == 1 else read
     with policy.arithmetic():
-        cache = transformers.DynamicCache()
-        first = policy.run(prompt_x, prompts >= 0, columns[:P], cache)  # [B, P, H]
+        first, *kept = once(policy, prompt_x, prompts >= 0, columns[:P])  # [B, P, H]
+        cache = transformers.DynamicCache(zip(kept[::2], kept[1::2]))
         cache.batch_select_indices(prompt_of)
         hidden = policy.run(rest, real, columns[P:], cache)
         hidden = torch.cat([first[prompt_of], hidden], dim=1)  # [N, L, H]
@@ -588,6 +592,14 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         hard = SETTINGS["hard_sample"]  # temperature 1, at which answers of training are sampled
         answer, _ = phase_logp(policy, r.answer, hard, 0.0, hidden[:, P + T + F - 1 : -1])
     return cot, answer, moved
+
+
+def read(policy: Policy, x: Tensor, real: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+    """policy.run(), and the keys and the values of each layer [B, heads, P, head size]."""
+    cache = transformers.DynamicCache()
+    with policy.arithmetic():
+        hidden = policy.run(x, real, columns, cache)
+    return hidden, *(kept for layer in cache.layers for kept in (layer.keys, layer.values))
 
 
 def phase_logp(policy: Policy, phase: Phase, setting: Setting, sigma: float,
@@ -711,7 +723,8 @@ def rewarded(policy: Policy, problems: list[Problem], G: int, labels: tuple, set
 def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
     """AdamW of all parameters."""
     kind = AdamW16 if config.dtype == "bf16" else torch.optim.AdamW
-    optimizer = kind(policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
+    optimizer = kind(policy.model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0,
+                     foreach=False)  # on a GPU it would copy all weights
     for w in policy.model.parameters():  # or torch's get_state_dict() would make it by a step
         moments = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[w] = {"step": torch.tensor(0.0), **moments}
@@ -789,6 +802,7 @@ def checkpoint(policy: Policy, config: Config, out: Path, held_out: list, step: 
     score = float(step)
     if held_out:  # a signal waits: the step behind is to be saved
         score = evaluate(policy, held_out, greedy, config, 1, may_stop=False)["k"]["1"]
+    policy.engine = None  # evaluation may have longer CoTs: training is to have that memory
     if score >= best or not (out / "model").exists():
         best = score
         weights = states.get_model_state_dict(policy.model, options=WHOLE)
@@ -1344,8 +1358,8 @@ class Keys(transformers.cache_utils.StaticLayer):
         return tuple(x[: engine.batch, :, : engine.width] for x in (self.keys, self.values))
 
 
-def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
-    """Run a step on a GPU and record it as a CUDA graph; what to call for it from then on.
+def run_and_record(step: Callable[[], None], pool, side) -> Optional[Callable[[], None]]:
+    """Run a step on a GPU and record it as a CUDA graph; what to call for it from then on, or None.
 
     A step of decoding is a thousand small kernels, which take longer to launch than to run. It is
     run on the side stream, as recording wants it, and what is made once is made by that. A step
@@ -1366,7 +1380,7 @@ def run_and_record(step: Callable[[], None], pool, side) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(side)
     if graph is None:
         step()  # again, from its start: it broke off before it counted itself
-        return step
+        return None
     with torch.cuda.graph(graph, pool=pool, stream=side):
         step()  # nothing is computed here
     return graph.replay
@@ -1416,18 +1430,20 @@ class AdamW16(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Update weights that have a gradient, one by one: few fp32 copies live at a time."""
+        """Update weights that have a gradient, a chunk at a time: few fp32 copies live at once."""
         (group,) = self.param_groups
         beta1, beta2 = group["betas"]
         for w in (w for w in group["params"] if w.grad is not None):
             state = self.state[w]
-            rounded = [own_share(x) for x in (w, state["exp_avg"], state["exp_avg_sq"])]
-            exact, m, v = (x.float() for x in rounded)
-            adamw([exact], [own_share(w.grad).float()], [m], [v], [], [state["step"]],
-                  beta1=beta1, beta2=beta2, lr=group["lr"], eps=group["eps"], weight_decay=0.0,
-                  amsgrad=False, maximize=False)
-            for old, new in zip(rounded, (exact, m, v)):
-                old.copy_(round_by_chance(new))
+            tensors = (w, state["exp_avg"], state["exp_avg_sq"], w.grad)
+            for *rounded, grad in zip(*(own_share(x).view(-1).split(CHUNK) for x in tensors)):
+                exact, m, v = (x.float() for x in rounded)
+                adamw([exact], [grad.float()], [m], [v], [], [state["step"].clone()],
+                      beta1=beta1, beta2=beta2, lr=group["lr"], eps=group["eps"], weight_decay=0.0,
+                      amsgrad=False, maximize=False)
+                for old, new in zip(rounded, (exact, m, v)):
+                    old.copy_(round_by_chance(new))
+            state["step"] += 1
 
 
 # ---- 12. Files and pictures ---------------------------------------------------------------------
@@ -1844,7 +1860,8 @@ def main(arguments: list[str]) -> int:
     try:
         if PROCESSES > 1 and not dist.is_initialized():
             join()
-        print(run(parse(arguments)))
+        with explained(torch.OutOfMemoryError, "out of GPU memory: try --dtype bf16, more GPUs"):
+            print(run(parse(arguments)))
     except UserError as error:
         if os.environ.get("SOFTCOT_DEBUG"):  # mistakes have their tracebacks then
             raise

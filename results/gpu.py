@@ -210,7 +210,7 @@ def decoding(lab: Lab, shape: str, dtype: str, target: str) -> None:
     for name in ("hard_sample", "soft_sample"):
         found[name] = rows * new / lab.seconds(lambda: lab.rollout(policy, name))
     per_token = rows / found["soft_sample"]
-    real, softcot.run_and_record = softcot.run_and_record, lambda step, *_: step() or step
+    real, softcot.run_and_record = softcot.run_and_record, lambda step, *_: step()
     policy.engine = None
     short = max(2, lab.cot // 8)
     try:

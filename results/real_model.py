@@ -186,6 +186,7 @@ def evaluation(policy: Policy, base: Policy, config: Config, given) -> dict:
         choice = choice_of(config)
         scores[choice] = choices.evaluate_choices(policy, choice, given.rows)
     scores["kl"] = distance(base, policy, given.texts)
+    policy.engine = None  # training has fewer rows, and other uses for that memory
     return scores
 
 
