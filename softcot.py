@@ -571,7 +571,8 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.cat([r.cot.ids, r.prefill_ids, r.answer.ids], dim=1)  # [N, T+F+A]
     # one call, so that one gradient [V, D] is made
     flat = embed(torch.cat([prompts.clamp(min=0).flatten(), ids.flatten()]))
-    prompt_x = flat[: prompts.numel()].unflatten(0, prompts.shape)  # [B, P, D]
+    # with gradient also where embeddings are frozen, or nothing of it would be recomputed
+    prompt_x = flat[: prompts.numel()].unflatten(0, prompts.shape).requires_grad_()  # [B, P, D]
     rest = flat[prompts.numel() :].unflatten(0, ids.shape)  # [N, T+F+A, D]
     if r.cot.x is not None:
         rest = torch.cat([r.cot.x, rest[:, T:]], dim=1)

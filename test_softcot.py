@@ -897,6 +897,19 @@ def test_no_gradient_of_a_weight_waits_for_the_prompts():
     assert len(calls) > 10 and set(calls.values()) == {2}, calls
 
 
+@pytest.mark.parametrize("name", ["hard_sample", "soft_sample"])
+def test_layers_have_the_same_gradient_under_frozen_embeddings(name):
+    policy = tiny_policy("llama")
+    r = sample(policy, SETTINGS[name])
+    advantages = torch.tensor([3.0, -1.0, 1.0, 2.0, 0.5, -4.0])
+    _, whole = gradient_of(policy, r, advantages, 10**6)
+    policy.model.get_input_embeddings().weight.requires_grad_(False)
+    policy.model.zero_grad()
+    softcot.policy_gradient(policy, r, advantages, 10**6)
+    for name, weight in policy.model.base_model.layers.named_parameters():
+        assert torch.equal(weight.grad, whole[f"model.layers.{name}"]) and weight.grad.any(), name
+
+
 def test_log_probabilities_in_chunks_equal_those_in_one_piece(monkeypatch):
     policy = tiny_policy("llama")
     r = sample(policy, SETTINGS["soft_sample"])
