@@ -811,14 +811,16 @@ def test_a_step_that_waits_for_the_host_is_run_as_it_is(monkeypatch, capsys):
     assert recorder.strict == "default"
 
 
+@pytest.mark.parametrize("replayed", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_recorded_on_every_gpu_of_one_process(kind, monkeypatch):
-    """An engine that believes to be on a GPU hands its first step of each shape to run_and_record()."""
+def test_steps_are_recorded_on_every_gpu_of_one_process(kind, replayed, monkeypatch):
+    """An engine that believes to be on a GPU hands its first step of each shape to run_and_record(),
+    once, and where a step can't be recorded nothing keeps the engine when it is forgotten."""
     policy, recorded = tiny_policy(kind), []
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "stream")
     monkeypatch.setattr(softcot, "run_and_record",
-                        lambda step, *shared: step() or recorded.append(shared) or step)  # fmt: skip
+                        lambda step, *shared: step() or recorded.append(shared) or (step if replayed else None))
     want = sample(policy, SETTINGS["soft_sample"])
     zeros = torch.zeros
     on_gpu = types.SimpleNamespace(type="cuda")
@@ -831,6 +833,9 @@ def test_steps_are_recorded_on_every_gpu_of_one_process(kind, monkeypatch):
     r = sample(policy, SETTINGS["soft_sample"])
     assert recorded == [("pool", "stream")] * len(engine.replays) and len(recorded) >= 2
     assert r.cots == want.cots and r.answers == want.answers
+    if not replayed:
+        forgotten, policy.engine, engine = weakref.ref(engine), None, None
+        assert forgotten() is None
 
 
 def test_a_micro_batch_is_as_large_as_the_memory_allows(monkeypatch):
@@ -1623,6 +1628,15 @@ def test_weights_without_a_gradient_are_saved_and_resumed(dtype, tmp_path):
         assert torch.equal(ours, theirs)
         a, b = states[0][1].state[ours], states[1][1].state[theirs]
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_training_has_the_memory_of_a_longer_validation(tiny_folder, tmp_path):
+    config = softcot.filled(softcot.Config(cot="soft", eval_max_cot=40, max_cot=4, samples=4, prompts=2))
+    policy = softcot.load_policy(config, str(tiny_folder))
+    problems = [Problem(i, "1+2=", "3", lambda *_: False) for i in range(2)]
+    softcot.checkpoint(policy, config, tmp_path, problems, 0, -1.0)
+    softcot.rewarded(policy, problems, 4, (0, 0), SETTINGS["soft_sample"], 4, 2, 1.0)
+    assert policy.engine.L < 40
 
 
 def test_a_tokenizer_with_several_chat_templates_is_saved(tiny_folder, tmp_path):
