@@ -296,7 +296,7 @@ def report(out: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     rates = list(dict.fromkeys(row["lr"] for row in rows))
-    lines = {lr: ("o-", "s--", "^:")[i % 3] for i, lr in enumerate(rates)}
+    lines = {lr: ("o-", "s--", "^:", "D-.")[i % 4] for i, lr in enumerate(rates)}
     for one, seed in dict.fromkeys((kind(row), row["seed"]) for row in rows):
         some = [row for row in rows if (kind(row), row["seed"]) == (one, seed)]
         run = one[0], seed, one[-1]
