@@ -577,11 +577,11 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     if r.cot.x is not None:
         rest = torch.cat([r.cot.x, rest[:, T:]], dim=1)
     columns = torch.arange(P + T + F + A, device=ids.device)
-    # with two uses of a weight in one backward pass, gradients of the first wait for the second: as
-    # much memory again as all gradients have. FSDP2 can't recompute so much, and has it split
-    once = partial(recompute, read, use_reentrant=True) if PROCESSES == 1 else read
+    # a weight that is used twice has no gradient until both uses are done: those of all layers would
+    # wait for the prompts, so these are recomputed (not with FSDP2, which can't, and has them split)
+    read_prompts = partial(recompute, read, use_reentrant=True) if PROCESSES == 1 else read
     with policy.arithmetic():
-        first, *kept = once(policy, prompt_x, prompts >= 0, columns[:P])  # [B, P, H]
+        first, *kept = read_prompts(policy, prompt_x, prompts >= 0, columns[:P])  # [B, P, H]
         cache = transformers.DynamicCache(zip(kept[::2], kept[1::2]))
         cache.batch_select_indices(prompt_of)
         hidden = policy.run(rest, real, columns[P:], cache)
