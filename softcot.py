@@ -577,8 +577,8 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     if r.cot.x is not None:
         rest = torch.cat([r.cot.x, rest[:, T:]], dim=1)
     columns = torch.arange(P + T + F + A, device=ids.device)
-    # a weight that is used twice has no gradient until both uses are done: those of all layers would
-    # wait for the prompts, so these are recomputed (not with FSDP2, which can't, and has them split)
+    # a weight that is used twice has no gradient until both uses are done: those of all layers
+    # would wait for the prompts, so these are recomputed (FSDP2 can't, and has gradients split)
     read_prompts = partial(recompute, read, use_reentrant=True) if PROCESSES == 1 else read
     with policy.arithmetic():
         first, *kept = read_prompts(policy, prompt_x, prompts >= 0, columns[:P])  # [B, P, H]
