@@ -552,7 +552,7 @@ def generate(engine: Engine, setting: Setting, limit: int, is_done: Callable[[st
 # times the advantages, that is REINFORCE. Chunks and micro-batches change nothing but the memory.
 # With one process gather(x) is [x], PROCESSES is 1 and policy.call(f, x) is f(x).
 
-CHUNK = 2**25  # logits that exist at a time in the loss: 128 MiB of fp32
+CHUNK = 2**25  # logits in the loss, or weights in AdamW16, at a time: 128 MiB of fp32
 
 
 def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
@@ -560,9 +560,9 @@ def log_probs(policy: Policy, r: Rollout) -> tuple[Tensor, Tensor, Tensor]:
 
     One pass over the inputs. The stored x of a soft CoT are constants; tokens are embedded again,
     with gradient. Means are computed again (eqs 9, 10). Positions outside the masks are 0. Each
-    different prompt runs once, its samples attend to a copy of its keys and values. The third
-    tensor, [N, T] without gradient, is how far each mean is from the rollout's, in sigma: rounding
-    (0 for hard tokens)."""
+    different prompt runs once (and again in the backward pass), its samples attend to a copy of its
+    keys and values. The third tensor, [N, T] without gradient, is how far each mean is from the
+    rollout's, in sigma: rounding (0 for hard tokens)."""
     embed = policy.model.get_input_embeddings()
     real = torch.cat([r.prompt_mask, r.cot.mask, r.prefill_mask, r.answer.mask], dim=1)  # [N, L]
     prompts = r.prompt_ids.masked_fill(~r.prompt_mask, -1)  # a pad is like no token
