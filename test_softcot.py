@@ -3612,7 +3612,8 @@ def last():
     tasks = "/proc/self/task"
     names = [open(f"{tasks}/{task}/comm").read() for task in os.listdir(tasks)]
     alive = sum("gloo" in name for name in names)
-    print("parted:", not dist.is_initialized(), alive, file=sys.stderr, flush=True)
+    line = f"parted: {not dist.is_initialized()} {alive}\\n"
+    os.write(2, line.encode())  # in one piece: three processes write here
 
 atexit.register(last)  # before join(): so it comes behind what that registers
 import softcot
